@@ -1,0 +1,54 @@
+"""Thin modules over the ops."""
+
+import torch
+from torch import Tensor, nn
+
+from bertops.ops.attention import attention
+from bertops.ops.attention_with_scores import attention_with_scores
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention from one packed projection: (B, N, H * D) in, (B, N, H * D) out.
+
+    Args:
+        hidden_size: width of the input, a multiple of ``num_heads``.
+        num_heads: attention heads.
+        dropout_p: dropout on the probabilities while training.
+
+    The projections are ``qkv`` (hidden_size to 3 * hidden_size, in the order q, k, v) and ``proj``.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout_p: float = 0.0) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.dropout_p = dropout_p
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        window: int | None = None,
+        return_scores: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns the output, with ``return_scores`` also the score map (B, H, N, N)."""
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        options = {
+            "cu_seqlens": cu_seqlens,
+            "window": window,
+            "dropout_p": self.dropout_p if self.training else 0.0,
+        }
+        if return_scores:
+            out, scores = attention_with_scores(q, k, v, mask, **options)
+            return self._merge(out), scores
+        out = attention(q, k, v, mask, **options)
+        assert isinstance(out, torch.Tensor)
+        return self._merge(out)
+
+    def _merge(self, out: Tensor) -> Tensor:
+        return self.proj(out.transpose(1, 2).flatten(2))

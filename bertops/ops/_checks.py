@@ -1,0 +1,100 @@
+"""Argument checks that ops share. Each names the argument, what came and what was expected."""
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"{x.dtype} tensor of shape {tuple(x.shape)} on {x.device}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def check_heads(name: str, x: Tensor) -> None:
+    """``x`` is (B, H, N, D) with a supported dtype and head dim."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(x)}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have shape (B, H, N, D), got {describe(x)}")
+    if x.dtype not in DTYPES or (x.dtype == torch.float64 and x.device.type != "cpu"):
+        raise TypeError(f"{name} must be float32, bfloat16 or float16 (float64 on CPU only), got {describe(x)}")
+    if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"{name} must have a head dim from 1 to {MAX_HEAD_DIM}, got {describe(x)}")
+
+
+def check_same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """``x`` has the shape, dtype and device of ``other``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(x)}")
+    if x.shape != other.shape:
+        raise ValueError(f"{name} must have the shape {tuple(other.shape)} of {other_name}, got {describe(x)}")
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype {other.dtype} of {other_name}, got {describe(x)}")
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on the device {other.device} of {other_name}, got {describe(x)}")
+
+
+def check_rows(mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
+    """Checks which rows of ``x`` (B, H, N, D) are real; returns ``mask`` as a bool tensor."""
+    if mask is not None and cu_seqlens is not None:
+        raise ValueError("mask and cu_seqlens exclude each other: packed rows have no padding to mask")
+    if mask is not None:
+        return _check_mask(mask, x)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, x)
+    return None
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> Tensor:
+    expected = (x.shape[0], x.shape[2])
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor of shape {expected}, got {describe(mask)}")
+    if tuple(mask.shape) != expected:
+        raise ValueError(f"mask must have shape (B, N) = {expected}, got {describe(mask)}")
+    if mask.device != x.device:
+        raise ValueError(f"mask must be on {x.device}, got {describe(mask)}")
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise TypeError(f"mask must be bool or integer, true for a real token, got {describe(mask)}")
+    return mask != 0
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be an int32 tensor, got {describe(cu_seqlens)}")
+    if x.shape[0] != 1:
+        raise ValueError(f"with cu_seqlens the rows are packed into B = 1, got {describe(x)}")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"cu_seqlens must be int32 of shape (number of sequences + 1,), got {describe(cu_seqlens)}"
+        )
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens must be on {x.device}, got {describe(cu_seqlens)}")
+    # The values are on the host already on a CPU; elsewhere reading them would synchronise.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != x.shape[2]:
+            raise ValueError(
+                f"cu_seqlens must start with 0 and end with the token count {x.shape[2]}, "
+                f"got {offsets[0]} to {offsets[-1]} in shape {tuple(cu_seqlens.shape)}"
+            )
+        if any(b < a for a, b in zip(offsets, offsets[1:], strict=False)):
+            raise ValueError(f"cu_seqlens must not decrease, got {describe(cu_seqlens)} with {offsets[:16]}")
+
+
+def check_dropout(dropout_p: float) -> None:
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+
+
+def check_window(window: int | None) -> int:
+    """Returns the window as the kernels take it: -1 for none."""
+    if window is None:
+        return -1
+    if isinstance(window, bool) or not isinstance(window, int | torch.SymInt) or window < 0:
+        raise ValueError(f"window must be None or an integer >= 0, got {window!r}")
+    return window

@@ -1,0 +1,112 @@
+"""The eager oracle of every op: a few lines of PyTorch each, differentiable by autograd.
+
+Tests run these in float64 to get the truth and in the input's dtype to get the error that plain PyTorch makes.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from bertops._library import accumulator_dtype
+
+
+def attention(q, k, v, mask=None, cu_seqlens=None, window=-1, scale=None, dropout_p=0.0, seed=None):
+    """Returns out (B, H, N, D) and lse (B, H, N); see :func:`bertops.attention`."""
+    return attention_with_scores(q, k, v, mask, cu_seqlens, window, scale, dropout_p, seed)[:2]
+
+
+def attention_with_scores(
+    q, k, v, mask=None, cu_seqlens=None, window=-1, scale=None, dropout_p=0.0, seed=None, scores_dtype=None
+):
+    """Returns out (B, H, N, D), lse (B, H, N) and scores (B, H, N, N); see the public op."""
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    rows = valid_rows(q, mask)[..., None]  # (B, 1, N, 1)
+    q, k, v = (torch.where(rows, x, 0.0) for x in (q, k, v))
+    pairs = valid_pairs(q, mask, cu_seqlens, window)  # (B, 1, N, N)
+    scores = q @ k.transpose(-1, -2) * scale
+    logits = scores.masked_fill(~pairs, -math.inf)
+    lse = torch.logsumexp(logits.to(accumulator_dtype(q.dtype)), -1)
+    # a row without a key would be softmax of -inf alone: NaN, also in the gradient of the branch not taken
+    probs = logits.masked_fill(~rows, 0.0).softmax(-1)
+    if dropout_p > 0:
+        keep = dropout_keep(q, cu_seqlens, dropout_p, seed)
+        probs = torch.where(keep, probs / (1 - dropout_p), 0.0)
+    out = torch.where(rows, probs @ v, 0.0)
+    return out, lse, torch.where(pairs, scores, 0.0).to(scores_dtype or q.dtype)
+
+
+def valid_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, 1, N) bool: the real tokens of ``x`` (B, H, N, D)."""
+    batch, _, length, _ = x.shape
+    if mask is None:
+        return torch.ones(batch, 1, length, dtype=torch.bool, device=x.device)
+    return mask[:, None, :]
+
+
+def valid_pairs(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, window: int) -> Tensor:
+    """(B, 1, N, N) bool: query i and key j are real tokens of one sequence, within ``window`` if it is >= 0."""
+    rows = valid_rows(x, mask)
+    pairs = rows[..., :, None] & rows[..., None, :]
+    position = torch.arange(x.shape[2], device=x.device)
+    if cu_seqlens is not None:
+        sequence, position = sequence_positions(x.shape[2], cu_seqlens)
+        pairs = pairs & (sequence[:, None] == sequence)
+    if window >= 0:
+        pairs = pairs & ((position[:, None] - position).abs() <= window)
+    return pairs
+
+
+def sequence_positions(length: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The sequence of each of ``length`` packed rows, and the position inside it."""
+    row = torch.arange(length, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+    return sequence, row - cu_seqlens[sequence]
+
+
+def dropout_keep(x: Tensor, cu_seqlens: Tensor | None, dropout_p: float, seed: Tensor) -> Tensor:
+    """(B, H, N, N) bool: which probabilities survive.
+
+    Word j % 4 of Philox4x32-10 with the counter (j // 4, i, head, sequence) and the 64-bit ``seed`` as key,
+    kept where it is at least dropout_p * 2**32. Rows of packed input count from their sequence's start.
+    """
+    batch, heads, length, _ = x.shape
+    position = torch.arange(length, device=x.device)
+    sequence = torch.arange(batch, device=x.device)[:, None].expand(batch, length)
+    if cu_seqlens is not None:
+        row_sequence, position = sequence_positions(length, cu_seqlens)
+        sequence = row_sequence[None]
+    head = torch.arange(heads, device=x.device)
+    shape = (batch, heads, length, length)
+    counter = (
+        (position // 4)[None, None, None, :].expand(shape),
+        position[None, None, :, None].expand(shape),
+        head[None, :, None, None].expand(shape),
+        sequence[:, None, :, None].expand(shape),
+    )
+    words = torch.stack(philox(counter, seed), -1)
+    word = words.gather(-1, (position % 4).expand(shape)[..., None]).squeeze(-1)
+    return word >= dropout_threshold(dropout_p)
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """The 32-bit word from which on a probability is kept."""
+    return min(int(dropout_p * 2**32), 2**32 - 1)
+
+
+def philox(counter: tuple[Tensor, ...], seed: Tensor) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four int64 tensors of 32-bit words in, four out."""
+    low = 0xFFFFFFFF
+    key0, key1 = seed & low, (seed >> 32) & low
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((second >> 32) & low) ^ c1 ^ key0,
+            second & low,
+            ((first >> 32) & low) ^ c3 ^ key1,
+            first & low,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3

@@ -1,0 +1,15 @@
+// The Python module bertops._C. Importing it runs the static registrations of csrc/cpu and csrc/cuda;
+// schemas are defined in bertops/_library.py.
+#include <Python.h>
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* self = PyModule_Create(&module);
+  if (self == nullptr) return nullptr;
+#ifdef BERTOPS_WITH_CUDA
+  PyModule_AddIntConstant(self, "with_cuda", 1);
+#else
+  PyModule_AddIntConstant(self, "with_cuda", 0);
+#endif
+  return self;
+}
