@@ -48,7 +48,9 @@ def find_nvcc():
         result = subprocess.run([nvcc, *options], capture_output=True, text=True)
         found = re.search(pattern, result.stdout + result.stderr)
         if result.returncode or not found:
-            raise SystemExit(f"bertops: '{nvcc} {' '.join(options)}' failed:\n{result.stderr or result.stdout}")
+            raise SystemExit(
+                f"bertops: '{nvcc} {' '.join(options)}' failed:\n{result.stderr or result.stdout}"
+            )
         return found.group(1)
 
     release = tuple(map(int, answer(r"release (\d+\.\d+)", "--version").split(".")))
@@ -88,9 +90,7 @@ def use_cuda():
         return False
     nvcc, release, root = found
     os.environ["CUDA_HOME"] = root
-    os.environ.setdefault(
-        "TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX"
-    )
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX")
     print(f"bertops: building with CUDA: {nvcc}, {os.environ['TORCH_CUDA_ARCH_LIST']}")
     return True
 
