@@ -90,8 +90,11 @@ def use_cuda():
         return False
     nvcc, release, root = found
     os.environ["CUDA_HOME"] = root
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX")
-    print(f"bertops: building with CUDA: {nvcc}, {os.environ['TORCH_CUDA_ARCH_LIST']}")
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not archs:
+        archs = "8.0;9.0;10.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+    print(f"bertops: building with CUDA: {nvcc}, {archs}")
     return True
 
 
