@@ -22,7 +22,6 @@ from setuptools.command.build_ext import build_ext
 
 TORCH_MINIMUM = (2, 10)
 TORCH_TARGET_VERSION = "0x020a000000000000"  # the stable ABI of torch 2.10
-PYTHON_MINIMUM = "0x030a0000"
 GIB_PER_JOB = 3
 
 CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
@@ -113,11 +112,7 @@ def ops_extension():
     from torch.utils.cpp_extension import CppExtension, CUDAExtension  # reads CUDA_HOME when imported
 
     sources = sorted(["csrc/registration.cpp", *glob("csrc/cpu/*.cpp")])
-    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("Py_LIMITED_API", PYTHON_MINIMUM)]
-    options = {"include_dirs": [os.path.abspath("csrc")], "depends": HEADERS, "py_limited_api": True}
-    if not cuda:
-        return CppExtension(
-            "bertops._C", sources, define_macros=macros, extra_compile_args=CXX_FLAGS, **options
+    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]  # py_limited_api brings its own
         )
     return CUDAExtension(
         "bertops._C",
