@@ -112,7 +112,11 @@ def ops_extension():
     from torch.utils.cpp_extension import CppExtension, CUDAExtension  # reads CUDA_HOME when imported
 
     sources = sorted(["csrc/registration.cpp", *glob("csrc/cpu/*.cpp")])
-    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]  # py_limited_api brings its own
+    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
+    options = {"include_dirs": [os.path.abspath("csrc")], "depends": HEADERS, "py_limited_api": True}
+    if not cuda:
+        return CppExtension(
+            "bertops._C", sources, define_macros=macros, extra_compile_args=CXX_FLAGS, **options
         )
     return CUDAExtension(
         "bertops._C",
