@@ -21,14 +21,15 @@ TRITON_TESTS := tests/test_attention.py tests/test_attention_with_scores.py
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
 # pytest's exit 5: nothing was collected, which a selection may rightly do; pytest says so itself.
-or_none_collected := || [ $$? -eq 5 ]
+or_fail := || [ $$? -eq 5 ] || failed=1
 
 .PHONY: test bench demo lint cuda-check gpu-check clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.built
-	$(PY) -m pytest $(ARGS) $(or_none_collected)
-	TRITON_INTERPRET=1 $(PY) -m pytest -k triton $(TRITON_TESTS) $(ARGS) $(or_none_collected)
+	$(PY) -m pytest $(ARGS) $(or_fail); \
+	TRITON_INTERPRET=1 $(PY) -m pytest -k triton $(TRITON_TESTS) $(ARGS) $(or_fail); \
+	exit $${failed:-0}
 
 bench: ARGS ?= --quick
 bench: $(VENV)/.built
