@@ -66,9 +66,11 @@ def run(command: list[str], environment: dict[str, str], limit: int) -> str:
     try:
         code = process.wait(limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         return f"stopped after {limit} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return "ok" if code == 0 else f"exit {code}"
 
 

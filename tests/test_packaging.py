@@ -140,7 +140,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, checkout):
     assert {name.split("/")[0] for name in names} == {"bertops", f"bertops-{VERSION}.dist-info"}
     package = {name.removeprefix("bertops/") for name in names if name.startswith("bertops/")}
     modules = {name for name in package if name.endswith(".so")}
-    assert package - modules == files_below(checkout / "bertops", ".py", ".typed")
+    assert package - modules == files_below(checkout / "bertops", ".py", ".pyi", ".typed")
     assert len(kernels) == len(list((checkout / "kernels").glob("*.py"))) > 0
     assert len(modules) == 2
     assert "_C.abi3.so" in modules
