@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -101,10 +102,9 @@ def _check_count(name: str, count: int) -> None:
 
 def _host() -> Any:
     try:
-        from bertops import _host
+        return import_module("bertops._host")
     except ImportError as error:
         raise ImportError(
             f"bertops._host could not be loaded ({error}); build it with "
             "'pip install --no-build-isolation -e .' in the source tree"
         ) from error
-    return _host
