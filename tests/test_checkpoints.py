@@ -89,7 +89,8 @@ def test_dtype_and_ownership(dtype, tmp_path):
     model = BertModel.from_pretrained(tmp_path, dtype=dtype)
     before = [p.clone() for p in model.parameters()]
     assert all(p.dtype == dtype for p in before)
-    rewrite(tmp_path, lambda tensors: {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+    with open(tmp_path / "model.safetensors", "r+b") as file:  # the same file, in case it is mapped
+        file.write(bytes((tmp_path / "model.safetensors").stat().st_size))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert model(torch.full((1, 3), 7)).last_hidden_state.dtype == dtype
 

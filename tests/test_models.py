@@ -279,6 +279,14 @@ def test_position_table_overflow(family, longest):
             model(ids, **options)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: values are not looked at there")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_position_table_overflow_off_the_cpu(family):
+    model = BertModel(BertConfig.from_hf(hf_config(family).to_dict())).eval().cuda()
+    with pytest.raises(ValueError, match="position_ids must be from 0 to 31"):
+        model(torch.full((1, 33), 5, device="cuda"))
+
+
 def test_roberta_padding_beyond_the_table_is_fine():
     model = BertModel(BertConfig.from_hf(hf_config("roberta").to_dict())).eval()
     ids = torch.full((1, 50), 1)
@@ -346,6 +354,13 @@ def test_arguments_that_exclude_each_other():
 def test_unsupported_configs(change, message):
     with pytest.raises(ValueError, match=message):
         BertModel(BertConfig.from_hf(hf_config("bert").to_dict() | change))
+
+
+def test_counted_positions_need_a_pad_token():
+    with pytest.raises(ValueError, match="pad_token_id must be set"):
+        BertConfig(position_offset=2, pad_token_id=None)
+    with pytest.raises(ValueError, match="pad_token_id must be set"):
+        BertConfig.from_hf(hf_config("roberta").to_dict() | {"pad_token_id": None})
 
 
 def test_config_without_a_size_says_which():

@@ -51,7 +51,7 @@ class BertConfig:
         pooler: :class:`bertops.models.BertModel` has a pooler (DistilBERT never has).
 
     Raises:
-        ValueError: ``family`` or ``hidden_act`` is unknown.
+        ValueError: ``family`` or ``hidden_act`` is unknown, or ``position_offset`` lacks ``pad_token_id``.
     """
 
     family: str = "bert"
@@ -79,6 +79,8 @@ class BertConfig:
         families = sorted(set(FAMILIES.values()))
         if self.family not in families:
             raise ValueError(f"family must be one of {', '.join(families)}, got {self.family!r}")
+        if self.position_offset and self.pad_token_id is None:
+            raise ValueError("pad_token_id must be set where position_offset is: positions skip it")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}")
 

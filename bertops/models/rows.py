@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,6 @@ from bertops.ops import _checks
 from bertops.reference import sequence_positions
 
 ID_DTYPES = (torch.int64, torch.int32)
-
-Output = TypeVar("Output")
 
 
 def check_ids(input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> None:
@@ -59,7 +57,8 @@ def count_positions(input_ids: Tensor, config: BertConfig, cu_seqlens: Tensor | 
         start = torch.arange(length, device=input_ids.device) - position
     if config.position_offset == 0:
         return position[None]
-    real = input_ids != config.pad_token_id
+    assert config.pad_token_id is not None
+    real = input_ids.ne(config.pad_token_id)
     count = real.cumsum(1)
     if start is not None:
         count = count - (count - real.long())[:, start]
@@ -86,14 +85,14 @@ def first_tokens(hidden: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor 
 
 
 def run_unpadded(
-    model: Callable[..., Output],
+    model: Callable[..., Any],
     config: BertConfig,
     input_ids: Tensor,
     mask: Tensor | None,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
     **outputs: bool,
-) -> Output:
+) -> Any:
     """``model`` on the real tokens of a padded batch alone; outputs go back to their places, 0 elsewhere.
 
     ``model`` is called with ids (1, T) and ``cu_seqlens`` and returns a dataclass. Of its tensors, (1, T, C)
