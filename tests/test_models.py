@@ -261,6 +261,22 @@ def test_positions_given_by_the_caller(tmp_path):
             assert_same("hidden", output.last_hidden_state[mask], expected[mask])
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_compiles_into_one_graph(family):
+    torch._dynamo.reset()
+    config = replace(BertConfig.from_hf(hf_config(family).to_dict()), num_hidden_layers=1)
+    model = BertForSequenceClassification(config).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    input_ids, mask = batch(family, "right")
+    cu_seqlens = torch.tensor([0, 9, 18, 27], dtype=torch.int32)
+    for ids, options in ((input_ids, {"mask": mask}), (input_ids.reshape(1, -1), {"cu_seqlens": cu_seqlens})):
+        logits = compiled(ids, **options).logits
+        assert_same("logits", logits, model(ids, **options).logits)
+        model.zero_grad()
+        logits.sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
 # ---- bad input
 
 
