@@ -4,7 +4,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 
@@ -35,7 +34,8 @@ else:
     extension_path = _C.__file__
     extension_has_cuda = bool(_C.with_cuda)
 
-_preferred: ContextVar[str] = ContextVar("bertops_impl", default="auto")
+# One for the process, as backward threads recompute checkpointed calls; torch.compile guards on it.
+_preferred = "auto"
 
 
 @contextmanager
@@ -48,12 +48,13 @@ def use_impl(impl: str) -> Iterator[None]:
     Raises:
         ValueError: ``impl`` is none of these.
     """
+    global _preferred
     _check_choice(impl)
-    token = _preferred.set(impl)
+    before, _preferred = _preferred, impl
     try:
         yield
     finally:
-        _preferred.reset(token)
+        _preferred = before
 
 
 def resolve(op: str, impl: str, device: torch.device) -> str:
@@ -65,7 +66,7 @@ def resolve(op: str, impl: str, device: torch.device) -> str:
     """
     _check_choice(impl)
     if impl == "auto":
-        impl = _preferred.get()
+        impl = _preferred
     if impl != "auto":
         reason = unavailable(op, impl, device.type)
         if reason is not None:
