@@ -6,19 +6,24 @@ Importing this module registers the name; nothing in transformers is patched::
     model = AutoModel.from_pretrained(folder, attn_implementation="bertops")
     out = model(**batch, output_attentions=True)
 
-Covered: BERT, RoBERTa, ALBERT, DistilBERT, MobileBERT and ModernBERT (local layers through ``window``), and any
-other encoder that calls transformers' attention interface with a (B, N) padding mask and nothing more. Causal
-attention, cross-attention, caches, biases, softcaps, sinks and 4-D masks raise ``NotImplementedError``.
+Covered: BERT, RoBERTa, ALBERT, DistilBERT, MobileBERT and ModernBERT (local layers through ``window``), and
+any other encoder that calls transformers' attention interface with a (B, N) padding mask and nothing more.
+Causal attention, cross-attention, KV caches, biases, softcaps, sinks and 4-D masks raise NotImplementedError.
 
 Where the result differs from ``attn_implementation="eager"``:
 
 * Padded query rows get attention output 0 and probabilities 0; eager lets them attend to the real tokens.
-* ``output_attentions=True`` gives the probabilities before dropout, which is what a student is distilled from;
-  eager gives them after dropout. Pass it to the forward call: the config refuses ``output_attentions=True`` for
-  every implementation but eager, so ``from_pretrained(..., output_attentions=True)`` raises in transformers.
-* Packed rows (B = 1) are kept apart with ``cu_seq_lens_q``, and ``cu_seq_lens_k`` equal to it where given, as for
-  FlashAttention; eager ignores both. Restarting ``position_ids`` without them raise, which reads the positions
-  (a host sync per layer on a GPU); an ``attention_mask`` avoids it, and under ``torch.compile`` it is not checked.
+* ``output_attentions=True`` gives the probabilities before dropout, which is what a student is distilled
+  from; eager gives them after dropout. Pass it to the forward call: transformers' config accepts it for eager
+  alone, so ``from_pretrained(..., output_attentions=True)`` raises there, unless the model is loaded as eager
+  and switched with ``model.set_attn_implementation("bertops")``.
+* Packed rows (B = 1) are kept apart with ``cu_seq_lens_q``, and ``cu_seq_lens_k`` equal to it where given, as
+  for FlashAttention; eager ignores both. Restarting ``position_ids`` without them raise. The check reads the
+  positions (a host sync per layer on a GPU) and is left out where an ``attention_mask`` is given, under
+  ``torch.compile``, and for DistilBERT, MobileBERT and ModernBERT, which do not hand their positions down.
+
+``torch.compile(model, fullgraph=True)`` works; with ``output_attentions=True`` after one uncompiled call with
+it, in which transformers installs the hooks that collect the maps.
 """
 
 import torch
@@ -78,11 +83,11 @@ def attention_forward(
         attention_mask: (B, N) bool from :func:`padding_mask`, or None.
         scaling: factor of the scores, default ``1 / sqrt(D)``.
         dropout: probability of dropping an attention probability while ``module.training``.
-        is_causal: overrides ``module.is_causal``; a module that has neither counts as causal, as in transformers.
+        is_causal: overrides ``module.is_causal``; where neither is there, transformers' default, causal.
         sliding_window: keys with ``|i - j| >= sliding_window`` take no part, transformers' rule for
             FlashAttention: ModernBERT passes its half window plus one.
         position_ids: (1 or B, N); only looked at to refuse packed rows that came without ``cu_seq_lens_q``.
-        cu_seq_lens_q, cu_seq_lens_k: int (number of sequences + 1), both the same, over rows packed into B = 1.
+        cu_seq_lens_q, cu_seq_lens_k: int (number of sequences + 1), equal, for rows packed into B = 1.
         output_attentions: also return the probabilities; default ``module.config.output_attentions``.
 
     Returns:
@@ -222,8 +227,8 @@ def _packed_rows(
 def _refuse_restarts(position_ids: Tensor) -> None:
     if (position_ids.diff(dim=-1) != 1).any():
         _refuse(
-            "position_ids that do not count up by one and no attention_mask: packed rows need cu_seq_lens_q, and "
-            "a single sequence with such positions an attention_mask of ones"
+            "position_ids that do not count up by one and no attention_mask: packed rows need cu_seq_lens_q, "
+            "and a single sequence with such positions an attention_mask of ones"
         )
 
 
