@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import bertops
 from errors import FP32_RELATIVE_NORM, assert_close_to_oracle
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -66,14 +65,6 @@ FAMILIES = {
     ),
 }
 ATTENTION_DROPOUT = {"distilbert": "attention_dropout", "modernbert": "attention_dropout"}
-
-
-@pytest.fixture(autouse=True)
-def on_the_reference():
-    with bertops.use_impl("reference"):
-        yield
-
-
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -103,7 +94,9 @@ def batch(padding="right", pad_token_id=1):
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(5, VOCABULARY, (len(LENGTHS), LENGTH), generator=generator)
     real = torch.arange(LENGTH) < torch.tensor(LENGTHS)[:, None]
-    if padding == "left":
+    if padding == "short":
+        real = torch.arange(LENGTH) < torch.tensor([24, 23, 22, 20])[:, None]
+    elif padding == "left":
         real = real.flip(1)
     elif padding == "holes":
         real = torch.rand(real.shape, generator=generator) < 0.6
@@ -190,38 +183,50 @@ def gradients(model, loss):
     }
 
 
-def assert_same_gradients(actual, expected):
-    """Key biases have gradient 0 but for rounding, so each error is also measured against the whole."""
-    assert actual.keys() == expected.keys()
-    whole = torch.stack([g.norm() for g in expected.values()]).norm()
-    for name, gradient in expected.items():
-        error = (actual[name] - gradient).norm()
-        bound = FP32_RELATIVE_NORM * gradient.norm() + 1e-7 * whole
+def assert_gradients_as_good_as_eagers(load, family, loss):
+    """Against eager in fp64: relative norm 1e-5, or twice eager's own fp32 error where that is more.
+
+    Added is one fp32 rounding of the gradient as a whole: what reaches the key biases is rounding alone, as
+    softmax does not see a shift.
+    """
+    # with more padding than the window eager's fp64 mask overflows to NaN in ModernBERT's fp32 softmax
+    inputs, real = batch("short" if family == "modernbert" else "right")
+    oracle, eager, ours = (
+        gradients(model, loss(model, inputs, real))
+        for model in (
+            load(family, "eager", dtype=torch.float64).train(),
+            load(family, "eager").train(),
+            load(family, "bertops").train(),
+        )
+    )
+    whole = torch.stack([g.norm() for g in oracle.values()]).norm()
+    assert whole.isfinite() and ours.keys() == oracle.keys()
+    for name, truth in oracle.items():
+        error, eager_error = ((g[name].double() - truth).norm() for g in (ours, eager))
+        bound = max(FP32_RELATIVE_NORM * truth.norm(), 2 * eager_error)
+        bound += torch.finfo(torch.float32).eps * whole
         assert error <= bound, f"{name}: error norm {error:.2e} > {bound:.2e}"
 
 
 @every_family
-def test_gradients_equal_eagers(load, family):
-    inputs, real = batch()
-    weight = torch.randn(int(real.sum()), 32, device=DEVICE)
-    grads = []
-    for implementation in ("bertops", "eager"):
-        model = load(family, implementation).train()
-        grads.append(gradients(model, (model(**inputs).last_hidden_state[real] * weight).sum()))
-    assert_same_gradients(*grads)
+def test_gradients_are_as_good_as_eagers(load, family):
+    def loss(model, inputs, real):
+        out = model(**inputs).last_hidden_state[real]
+        return (out * torch.linspace(0, 99, out.numel(), device=DEVICE).cos().view_as(out)).sum()
+
+    assert_gradients_as_good_as_eagers(load, family, loss)
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
-def test_gradients_of_attentions_equal_eagers(load, family):
+@every_family
+def test_gradients_of_attentions_are_as_good_as_eagers(load, family):
     """Distilling the probabilities: a loss on the maps alone."""
-    inputs, real = batch()
-    weight = torch.randn(int(real.sum()), 4, LENGTH, device=DEVICE)
-    grads = []
-    for implementation in ("bertops", "eager"):
-        model = load(family, implementation).train()
+
+    def loss(model, inputs, real):
         attentions = model(**inputs, output_attentions=True).attentions
-        grads.append(gradients(model, sum((rows(a, real) * weight).sum() for a in attentions)))
-    assert_same_gradients(*grads)
+        weight = torch.linspace(-9, 9, LENGTH, device=DEVICE).cos()
+        return sum((rows(a, real).square() * weight).sum() for a in attentions)
+
+    assert_gradients_as_good_as_eagers(load, family, loss)
 
 
 @pytest.mark.parametrize("output_attentions", [False, True])
@@ -324,7 +329,7 @@ def test_compiles_whole(load, family, output_attentions):
     if output_attentions:
         assert_same("attentions", out.attentions[2], expected.attentions[2])
     grads = [gradients(model, x.last_hidden_state[real].square().sum()) for x in (out, expected)]
-    assert_same_gradients(*grads)
+    assert_same("gradients", *(torch.cat([g.flatten() for g in x.values()]) for x in grads))
 
 
 def test_autocast(load):
@@ -450,6 +455,18 @@ def test_function_alone_follows_the_formula(options, output_attentions):
     assert (maps is not None) == output_attentions
     if output_attentions:
         torch.testing.assert_close(maps[:, :, :6], expected[:, :, :6])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_maps_are_rounded_once(dtype):
+    """Scores of about 16 rounded to half precision would be off by 3 % after exp."""
+    encoder = SimpleNamespace(is_causal=False, training=False)
+    q, k, v = (4 * torch.randn(3, 2, 4, 37, 8, device=DEVICE)).to(dtype)
+    _, maps = integration.attention_forward(encoder, q, k, v, None, output_attentions=True)
+    expected = (q.double() @ k.double().transpose(2, 3) * 8**-0.5).softmax(-1)
+    assert maps.dtype == dtype
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    torch.testing.assert_close(maps.double(), expected, rtol=torch.finfo(dtype).eps, atol=tiny)
 
 
 @pytest.mark.parametrize("argument", integration.UNSUPPORTED)
