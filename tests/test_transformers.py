@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from errors import FP32_RELATIVE_NORM, assert_close_to_oracle
 
-transformers = pytest.importorskip("transformers", minversion="5.0")
+transformers = pytest.importorskip("transformers", minversion="5.1")
 integration = importlib.import_module("bertops.integrations.transformers")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

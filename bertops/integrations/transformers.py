@@ -6,9 +6,10 @@ Importing this module registers the name; nothing in transformers is patched::
     model = AutoModel.from_pretrained(folder, attn_implementation="bertops")
     out = model(**batch, output_attentions=True)
 
-Covered: BERT, RoBERTa, ALBERT, DistilBERT, MobileBERT and ModernBERT (local layers through ``window``), and
-any other encoder that calls transformers' attention interface with a (B, N) padding mask and nothing more.
-Causal attention, cross-attention, KV caches, biases, softcaps, sinks and 4-D masks raise NotImplementedError.
+Covered: BERT, RoBERTa, ALBERT, DistilBERT, MobileBERT, ModernBERT (local layers through ``window``; it needs
+transformers 5.1, as 5.0 dispatches it by a table of its own), and any other encoder that calls transformers'
+attention interface with a (B, N) padding mask and nothing more. Causal attention, cross-attention, KV caches,
+biases, softcaps, sinks and 4-D masks raise NotImplementedError.
 
 Where the result differs from ``attn_implementation="eager"``:
 
@@ -21,6 +22,7 @@ Where the result differs from ``attn_implementation="eager"``:
   for FlashAttention; eager ignores both. Restarting ``position_ids`` without them raise. The check reads the
   positions (a host sync per layer on a GPU) and is left out where an ``attention_mask`` is given, under
   ``torch.compile``, and for DistilBERT, MobileBERT and ModernBERT, which do not hand their positions down.
+  MobileBERT's trigram embedding reads across the border of packed sequences, before any attention.
 
 ``torch.compile(model, fullgraph=True)`` works; with ``output_attentions=True`` after one uncompiled call with
 it, in which transformers installs the hooks that collect the maps.
