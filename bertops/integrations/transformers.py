@@ -28,6 +28,8 @@ Where the result differs from ``attn_implementation="eager"``:
 it, in which transformers installs the hooks that collect the maps.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -102,7 +104,7 @@ def attention_forward(
     _refuse_unsupported(module, query, key, value, attention_mask, is_causal, kwargs)
     cu_seqlens = _packed_rows(attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
     window = None if sliding_window is None else sliding_window - 1
-    options = {
+    options: dict[str, Any] = {
         "cu_seqlens": cu_seqlens,
         "window": window,
         "scale": scaling,
