@@ -1,11 +1,11 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from attention_cases import Case, check, compare, padding_mask, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bertops
+from attention_cases import Case, check, compare, padding_mask, run
 from bertops import _backend, reference
 
 HALF = (torch.bfloat16, torch.float16)
