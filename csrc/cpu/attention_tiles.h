@@ -212,15 +212,17 @@ inline void load_grad_scores(const Attention& p, const Sequence& sequence, int64
   transpose(rows, kKeyBlock, block.columns, round_up(last - first, kLanes<T>), scores, kQueryBlock);
 }
 
+// The first position from `position` on that is no real row; `next` follows it through the real rows.
+inline int64_t next_unreal(const Sequence& sequence, int64_t position, int64_t& next) {
+  while (next < sequence.count && sequence.position[next] == position) ++position, ++next;
+  return position;
+}
+
 // Rows of the sequence that are not real: the first `count` elements become 0.
 inline void clear_unreal(const Heads& to, const Sequence& sequence, int64_t head, int64_t count) {
-  int64_t next = 0;
-  for (int64_t position = 0; position < sequence.length; ++position) {
-    if (next < sequence.count && sequence.position[next] == position) {
-      ++next;
-    } else {
-      clear_row(to, position_offset(to, sequence, head, position), count);
-    }
+  int64_t next = 0, position = -1;
+  while ((position = next_unreal(sequence, position + 1, next)) < sequence.length) {
+    clear_row(to, position_offset(to, sequence, head, position), count);
   }
 }
 
@@ -262,7 +264,10 @@ void attention_forward(const Attention& p, const AttentionTask& task, void* memo
   if (task.first == 0 && !sequence.dense) {
     clear_unreal(p.out, sequence, task.head, p.head_dim);
     if (p.scores.data != nullptr) clear_unreal(p.scores, sequence, task.head, p.length);
-    fill(lse, sequence.length, static_cast<T>(-__builtin_inf()));
+    int64_t next = 0, position = -1;
+    while ((position = next_unreal(sequence, position + 1, next)) < sequence.length) {
+      lse[position] = static_cast<T>(-__builtin_inf());
+    }
   }
 
   Scratch<T> scratch{static_cast<T*>(memory)};
