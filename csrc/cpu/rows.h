@@ -64,11 +64,13 @@ inline void store_row(const T* __restrict from, int64_t count, T scale, S* __res
 
 // The same for a dtype known at run time; `offset` in elements.
 template <class T>
-inline void load_as(DType dtype, const void* from, int64_t offset, int64_t stride, int64_t count, int64_t padded,
-                    T scale, T* to) {
+inline void load_as(DType dtype, const void* from, int64_t offset, int64_t stride, int64_t count,
+                    int64_t padded, T scale, T* to) {
   switch (dtype) {
-    case DType::kFloat: return load_row(static_cast<const float*>(from) + offset, stride, count, padded, scale, to);
-    case DType::kDouble: return load_row(static_cast<const double*>(from) + offset, stride, count, padded, scale, to);
+    case DType::kFloat:
+      return load_row(static_cast<const float*>(from) + offset, stride, count, padded, scale, to);
+    case DType::kDouble:
+      return load_row(static_cast<const double*>(from) + offset, stride, count, padded, scale, to);
     case DType::kBFloat16:
       return load_row(static_cast<const BFloat16*>(from) + offset, stride, count, padded, scale, to);
     case DType::kFloat16:
