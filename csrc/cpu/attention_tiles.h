@@ -248,21 +248,20 @@ inline void softmax_step(int64_t keys, int64_t columns, int64_t width, T* scores
     for (int64_t key = 0; key < keys; ++key) now = max<T>(now, load(scores + key * kQueryBlock + column));
     // a window may hide the whole block from a query: its maximum is still -inf, and -inf - -inf is NaN
     const Vec<T> finite = now == -__builtin_inf() ? Vec<T>{} : now;
-    Vec<T> total = load(sum + column);
     const Vec<T> decay = exp2((before - finite) * log2e);
-    total *= decay;
     for (int64_t d = 0; d < width; ++d) {
       T* o = out + d * kQueryBlock + column;
       store(o, load(o) * decay);
     }
     store(maximum + column, now);
+    Vec<T> total[4] = {};  // of every fourth key: short sums keep their bits
     for (int64_t key = 0; key < keys; ++key) {
       T* s = scores + key * kQueryBlock + column;
       const Vec<T> prob = exp2((load(s) - finite) * log2e);
-      total += prob;
+      total[key % 4] += prob;
       store(s, prob);
     }
-    store(sum + column, total);
+    store(sum + column, load(sum + column) * decay + ((total[0] + total[1]) + (total[2] + total[3])));
   }
 }
 
