@@ -1,7 +1,7 @@
 """What is measured: synthetic shapes, and real ones whose Q, K and V a model produced from real text."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -36,6 +36,10 @@ class Case:
         padded = f"-pad{self.padding:.0%}" if self.padding else ""
         shape = f"B{self.batch}-H{self.heads}-N{self.length}-D{self.head_dim}"
         return f"{shape}-{DTYPE_NAMES[self.dtype]}{padded}"
+
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "dtype": DTYPE_NAMES[self.dtype]}
 
 
 @dataclass(frozen=True)
