@@ -1,1 +1,1 @@
-"""The benchmarks: ``python -m bertops bench`` runs them all, ``pytest bench/bench_attention.py`` one of them."""
+"""The benchmarks: ``python -m bertops bench`` runs all, ``pytest bench/bench_attention.py`` those of an op."""

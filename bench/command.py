@@ -1,4 +1,4 @@
-"""``python -m bertops bench``: runs the benchmarks under pytest with a progress bar, then writes the report."""
+"""``python -m bertops bench``: the benchmarks under pytest with a progress bar, then the report."""
 
 import argparse
 import json
@@ -44,7 +44,12 @@ def run(options: argparse.Namespace) -> int:
 def pytest_arguments(options: argparse.Namespace, measured: Path) -> list[str]:
     arguments = [str(path) for path in sorted((ROOT / "bench").glob("bench_*.py"))]
     arguments += [f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-qq"]
-    arguments += ["--no-summary", "--benchmark-quiet", f"--benchmark-json={measured}", f"--impl={options.impl}"]
+    arguments += [
+        "--no-summary",
+        "--benchmark-quiet",
+        f"--benchmark-json={measured}",
+        f"--impl={options.impl}",
+    ]
     if options.quick:
         arguments.append("--quick")
     for name, value in (("device", options.device), ("model", options.model), ("text", options.text)):
@@ -56,7 +61,7 @@ def pytest_arguments(options: argparse.Namespace, measured: Path) -> list[str]:
 
 
 class Progress:
-    """A pytest plugin: one bar over all items in place of pytest's own lines, on a stream it does not capture."""
+    """A pytest plugin: a bar over all items in place of pytest's lines, on a stream that it does not capture."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream

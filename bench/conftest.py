@@ -15,8 +15,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bertops bench")
     group.addoption("--quick", action="store_true", help="a few shapes, under two minutes on two cores")
     group.addoption("--device", help="cpu or cuda; default: cuda where there is a GPU")
-    group.addoption("--impl", default="auto", help="implementation of bertops: auto, cpu, triton, cuda, reference")
-    group.addoption("--model", help="folder or hub id of a BERT checkpoint; default: the installed all-MiniLM-L6-v2")
+    group.addoption(
+        "--impl", default="auto", help="implementation of bertops: auto, cpu, triton, cuda, reference"
+    )
+    group.addoption(
+        "--model", help="folder or hub id of a BERT checkpoint; default: the installed all-MiniLM-L6-v2"
+    )
     group.addoption("--text", help="folder of .txt files; default: docstrings of the Python standard library")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-from errors import assert_close_to_oracle  # noqa: E402  (tests/errors.py: the one place of that rule)
+from errors import assert_close_to_oracle  # tests/errors.py: the one place of that rule
 
 SLICE_PAIRS = 2**24  # elements of an N x N map in fp64 held at a time
 
@@ -27,8 +27,10 @@ class Truth:
 Reference = Callable[..., Sequence[Tensor]]
 
 
-def truth(reference: Reference, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grads: list[Tensor]) -> Truth:
-    """``reference(q, k, v, mask)`` gives the outputs, ``grads`` their gradients; heads go through in groups."""
+def truth(
+    reference: Reference, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grads: list[Tensor]
+) -> Truth:
+    """``reference(q, k, v, mask)`` gives the outputs, ``grads`` are their gradients; runs groups of heads."""
     eager = run_in_groups(reference, q, k, v, mask, grads, q.dtype)
     oracle = run_in_groups(reference, q, k, v, mask, grads, torch.float64)
     names = [f"output {i}" for i in range(len(grads))] + ["grad q", "grad k", "grad v"]

@@ -1,11 +1,12 @@
 """What this machine can do at most, measured in the run whose figures are given as a share of it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 
+from bench.paired import Contestant, WallClock
 from bench.shapes import DTYPE_NAMES
 
 COPY_BYTES = 256 * 2**20
@@ -13,14 +14,15 @@ MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 FMA_STEPS = 200_000
 EXP_STEPS = {"cpu": 100_000, "cuda": 20_000}
 CALLS = 1000
+BUDGET_S = 0.15  # a limit
 
 
 @dataclass(frozen=True)
 class Work:
-    """The least that a call must do: what any implementation does that stores no N x N map it is not asked for.
+    """The least that a call must do, for an implementation that stores no N x N map it is not asked for.
 
-    ``flops`` counts a multiply-add as two, over pairs of real tokens; ``exps`` one per such pair; ``bytes`` every
-    input read once and every output written once.
+    ``flops`` counts a multiply-add as two, over pairs of real tokens; ``exps`` one per such pair; ``bytes``
+    every input read once and every output written once.
     """
 
     flops: float
@@ -53,11 +55,12 @@ class Limits:
         return asdict(self)
 
 
-def measure(device: torch.device) -> Limits:
+def measure(device: torch.device, dtypes: Sequence[torch.dtype]) -> Limits:
     like = torch.zeros(1, device=device)
     limits = Limits(device.type, copy_rate(device))
     limits.how["copy"] = f"torch copy of {COPY_BYTES >> 20} MiB, read and written"
-    for dtype, name in DTYPE_NAMES.items():
+    for dtype in dtypes:
+        name = DTYPE_NAMES[dtype]
         limits.flops_per_s[name] = matmul_rate(device, dtype)
         limits.how[name] = f"torch matmul of {MATMUL_SIZE[device.type]}²"
     if has_kernel("_limits_fma", device):
@@ -107,15 +110,12 @@ def call_seconds(like: torch.Tensor) -> float:
     return best_seconds(like.device, calls) / CALLS
 
 
-def best_seconds(device: torch.device, call: Callable[[], object], repeats: int = 7) -> float:
+def best_seconds(device: torch.device, call: Callable[[], object]) -> float:
     """The fastest of a few runs: a limit is what the machine reaches when nothing disturbs it."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    call()
-    best = float("inf")
-    for _ in range(repeats):
-        synchronize()
-        start = time.perf_counter()
-        call()
-        synchronize()
-        best = min(best, time.perf_counter() - start)
+    clock, contestant = WallClock(device), Contestant("limit", lambda _: call())
+    clock.sample(contestant, 1)
+    deadline = time.perf_counter() + BUDGET_S
+    best = clock.sample(contestant, 1)
+    while time.perf_counter() < deadline:
+        best = min(best, clock.sample(contestant, 1))
     return best

@@ -31,7 +31,7 @@ class Op:
 
 @dataclass
 class Result:
-    """``status``: ok, wrong, failed or unavailable; only ok has figures. Times in seconds, ratios to bertops."""
+    """``status``: ok, wrong, failed or unavailable; only ok has figures. ``ratio`` is time over bertops' time."""
 
     provider: str
     status: str
@@ -63,10 +63,12 @@ class Comparison:
         self.grads = [torch.randn(s, generator=generator).to(self.device, inputs.q.dtype) for s in shapes]
         if inputs.mask is not None:
             self.grads[0] *= inputs.mask[:, None, :, None]  # no loss looks at padding
+        torch._dynamo.reset()  # one compiled entry a mode, far from the recompile limit
         self.truths: dict[bool, correctness.Truth] = {}
 
-    def run(self, mode: Mode, budget_s: float, step: Callable[[str], None] = lambda text: None) -> list[Result]:
-        torch._dynamo.reset()
+    def run(
+        self, mode: Mode, budget_s: float, step: Callable[[str], None] = lambda text: None
+    ) -> list[Result]:
         results = []
         contestants: dict[str, Contestant] = {}
         with torch.set_grad_enabled(mode != "forward"), warnings.catch_warnings():
@@ -80,7 +82,9 @@ class Comparison:
                         contestants[provider.name] = contestant
             step("timing")
             clock = self.clock()
-            seconds = paired.run_rounds(list(contestants.values()), clock, budget_s=budget_s) if contestants else {}
+            seconds = (
+                paired.run_rounds(list(contestants.values()), clock, budget_s=budget_s) if contestants else {}
+            )
             for result in results:
                 if result.status == "ok":
                     step(f"{result.provider}: memory")

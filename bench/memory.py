@@ -16,8 +16,9 @@ METHODS = {
 def peak_extra_bytes(device: torch.device, call: Callable[[], object]) -> int | None:
     """Bytes at the peak of ``call`` minus bytes before it; None where the system cannot tell.
 
-    On a CPU this is resident memory, so scratch outside PyTorch's allocator counts too. ``call`` must have run
-    before: what a first run keeps for good (thread pools, code) is not its working memory.
+    On a CPU this is resident memory, so scratch outside PyTorch's allocator counts too; Linux counts pages in
+    batches, which leaves an error of some 0.3 MB. ``call`` must have run before: what a first run keeps for
+    good (thread pools, code) is not its working memory.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,7 +1,7 @@
 """Interleaved timing: every round runs every contestant once, so that a ratio compares neighbours in time.
 
-A machine that slows down for a second slows a whole round; the median of the per-round ratios does not see it,
-where the ratio of two medians taken one after the other would.
+A machine that slows down for a second slows a whole round: the median of the per-round ratios does not see
+it, where the ratio of two medians taken one after the other would.
 """
 
 import gc
@@ -22,7 +22,7 @@ CUDA_SCRUB_BYTES = 256 * 2**20  # larger than any L2
 
 @dataclass(frozen=True)
 class Contestant:
-    """``prepare`` runs untimed before every call and its result is the argument of ``run``, which is timed."""
+    """``prepare`` runs untimed before every call; ``run``, which is timed, takes its result."""
 
     name: str
     run: Callable[[Any], object]
@@ -32,8 +32,10 @@ class Contestant:
 class WallClock:
     """Seconds a call takes as the caller sees it; on a GPU the queue is drained before and after a sample."""
 
-    def __init__(self, device: torch.device = torch.device("cpu")) -> None:
-        self.synchronize: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    def __init__(self, device: torch.device) -> None:
+        self.synchronize: Callable[[], object] = (
+            torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        )
 
     def sample(self, contestant: Contestant, calls: int) -> float:
         states = [contestant.prepare() for _ in range(calls)]
@@ -58,7 +60,7 @@ class EventClock:
         total = 0.0
         for _ in range(calls):
             state = contestant.prepare()
-            self.scrub.zero_()  # long enough for the host to run ahead: its launch cost stays out of the events
+            self.scrub.zero_()  # so long that the host runs ahead: launches stay out of the events
             self.start.record()
             contestant.run(state)
             self.end.record()
@@ -80,8 +82,8 @@ def run_rounds(
 ) -> dict[str, list[float]]:
     """Seconds per call of every contestant, one entry a round, after a warm-up that also sizes the samples.
 
-    Rounds go on until ``budget_s`` is spent, but number at least ``min_rounds`` and at most ``max_rounds``. The
-    order rotates by one each round, so nobody always runs behind the same neighbour.
+    Rounds go on until ``budget_s`` is spent, but number at least ``min_rounds`` and at most ``max_rounds``.
+    The order rotates by one each round, so nobody always goes first.
     """
     calls = {}
     for contestant in contestants:
@@ -145,7 +147,7 @@ class ReplayClock:
         return self.now
 
     def record(self, benchmark: Any, seconds: Sequence[float]) -> None:
-        """Gives ``benchmark`` (the fixture, with this clock as its timer) one round per entry of ``seconds``."""
+        """Gives ``benchmark`` (the fixture, its timer being this clock) a round per entry of ``seconds``."""
         remaining = iter(seconds)
 
         def advance() -> None:

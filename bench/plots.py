@@ -8,9 +8,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 COLORS = {
     "bertops": "#0b6e4f",
@@ -21,6 +21,7 @@ COLORS = {
     "SDPA + scores": "#4a76b8",
     "FlexAttention": "#a65a8c",
 }
+TIMES = "\N{MULTIPLICATION SIGN}"
 INK, QUIET = "#1d2733", "#66727f"
 MIN_LENGTHS = 3  # a curve over fewer says nothing
 MODE_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
@@ -36,11 +37,12 @@ STYLE = {
     "figure.dpi": 150,
 }
 LONGEST_BAR = 8.0  # times bertops; beyond it the bar is cut and only its label tells
+BASE_LINE = {"color": COLORS["bertops"], "linewidth": 0.8, "alpha": 0.6}
 BAR_IN, BLOCK_IN, MARGIN_IN = 0.21, 0.42, 1.15  # inches
 
 
 def draw(run: dict[str, Any]) -> dict[str, bytes]:
-    """PNG files by name: ``<op>-<mode>`` with bars, ``<op>-<mode>-over-length`` where there are enough lengths."""
+    """PNG files by name: ``<op>-<mode>``, and ``<op>-<mode>-over-length`` where there are enough lengths."""
     figures = {}
     with plt.rc_context(STYLE):
         for op, mode in dict.fromkeys((c["op"], c["mode"]) for c in run["comparisons"]):
@@ -48,7 +50,9 @@ def draw(run: dict[str, Any]) -> dict[str, bytes]:
             curves = find_curves(comparisons)
             on_curves = [id(c) for curve in curves.values() for c in curve]
             blocks = [c for c in comparisons if id(c) not in on_curves]
-            machine = run["machine"].get("gpu", "") if run["limits"]["device"] == "cuda" else run["machine"]["cpu"]
+            machine = (
+                run["machine"].get("gpu", "") if run["limits"]["device"] == "cuda" else run["machine"]["cpu"]
+            )
             title = f"{op}, {MODE_NAMES[mode]}"
             if blocks:
                 figures[f"{op}-{mode}"] = png(bars(title, machine, blocks))
@@ -71,22 +75,26 @@ def bars(title: str, machine: str, comparisons: Sequence[dict[str, Any]]) -> Fig
     figure, (time_axes, memory_axes) = plt.subplots(
         1, 2, figsize=(10, height), sharey=True, gridspec_kw={"width_ratios": [1.7, 1]}
     )
-    figure.subplots_adjust(
-        left=0.13, right=0.93, wspace=0.16, top=1 - 0.62 / height, bottom=0.5 / height
-    )
+    figure.subplots_adjust(left=0.13, right=0.93, wspace=0.16, top=1 - 0.62 / height, bottom=0.5 / height)
     figure.text(0.015, 1 - 0.24 / height, title, fontsize=13, fontweight="bold")
     figure.text(0.015, 1 - 0.44 / height, machine, color=QUIET)
-    y, places, names = 0.0, [], []
+    y, places, names = -BLOCK_IN / 3, [], []
     for comparison in comparisons:
         y += BLOCK_IN
         time_axes.text(
-            0, y - 0.13, comparison["title"], transform=time_axes.get_yaxis_transform(), fontweight="bold", va="center"
+            0,
+            y - 0.13,
+            comparison["title"],
+            transform=time_axes.get_yaxis_transform(),
+            fontweight="bold",
+            va="center",
         )
         for result in comparison["results"]:
             y += BAR_IN
             places.append(y - BAR_IN / 4)
             names.append(result["provider"])
             draw_bar(time_axes, memory_axes, places[-1], result)
+        time_axes.vlines(1, y - (len(comparison["results"]) - 0.25) * BAR_IN, y + BAR_IN / 4, **BASE_LINE)
     time_axes.set_ylim(y + BAR_IN, 0)
     time_axes.set_yticks(places, names)
     for axes in (time_axes, memory_axes):
@@ -95,7 +103,6 @@ def bars(title: str, machine: str, comparisons: Sequence[dict[str, Any]]) -> Fig
         axes.set_xlim(left=0)
         axes.margins(x=0.2)
     time_axes.set_xlim(0, min(LONGEST_BAR, time_axes.dataLim.x1) * 1.25 or 1)
-    time_axes.axvline(1, color=COLORS["bertops"], linewidth=0.8, alpha=0.5, zorder=0)
     time_axes.set_xlabel("time relative to bertops (1 = bertops, shorter is faster)")
     memory_axes.set_xlim(0, memory_axes.dataLim.x1 * 1.3 or 1)
     memory_axes.set_xlabel("peak extra memory, MB")
@@ -117,15 +124,19 @@ def draw_bar(time_axes: Axes, memory_axes: Axes, y: float, result: dict[str, Any
     else:
         length = min(ratio["median"], LONGEST_BAR)
         time_axes.barh(y, length, BAR_IN * 0.78, color=color)
-        if ratio["median"] <= LONGEST_BAR:
+        if ratio["median"] > LONGEST_BAR:
+            time_axes.barh(y, 0.08, BAR_IN * 0.8, left=LONGEST_BAR * 0.93, color="white")  # a cut
+        else:
             time_axes.hlines(y, ratio["low"], min(ratio["high"], LONGEST_BAR), color=INK, linewidth=0.8)
-        label = time if result["provider"] == "bertops" else f"{ratio['median']:.2f}×  {time}"
+        label = time if result["provider"] == "bertops" else f"{ratio['median']:.2f}{TIMES}  {time}"
         end = min(max(length, ratio["high"]), LONGEST_BAR)
         time_axes.annotate(label, (end, y), (4, 0), textcoords="offset points", va="center")
     if result["extra_bytes"] is not None:
         megabytes = result["extra_bytes"] / 1e6
         memory_axes.barh(y, megabytes, BAR_IN * 0.78, color=color)
-        memory_axes.annotate(f"{megabytes:,.1f}", (megabytes, y), (4, 0), textcoords="offset points", va="center")
+        memory_axes.annotate(
+            f"{megabytes:,.1f}", (megabytes, y), (4, 0), textcoords="offset points", va="center"
+        )
 
 
 Curves = dict[tuple[str, float, int], list[dict[str, Any]]]
@@ -145,7 +156,9 @@ def lines(title: str, machine: str, curves: Curves) -> Figure:
     """Time over length at a constant number of tokens, a panel for every dtype, padding and head dim."""
     columns = min(2, len(curves))
     rows = -(-len(curves) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(5 * columns, 3.1 * rows + 0.7), squeeze=False, sharex=True)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(5 * columns, 3.1 * rows + 0.7), squeeze=False, sharex=True
+    )
     figure.text(0.015, 0.985, title, fontsize=13, fontweight="bold", va="top")
     figure.text(0.015, 0.955, machine, color=QUIET, va="top")
     for axes, ((dtype, padding, head_dim), comparisons) in zip(grid.flat, curves.items(), strict=False):
@@ -160,9 +173,21 @@ def lines(title: str, machine: str, curves: Curves) -> Figure:
             ]
             if points:
                 own = provider.startswith("bertops")
-                axes.plot(*zip(*points, strict=True), color=color, linewidth=2.2 if own else 1.3, marker="o", markersize=3)
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=color,
+                    linewidth=2.2 if own else 1.3,
+                    marker="o",
+                    markersize=3,
+                )
                 axes.annotate(
-                    provider, points[-1], (5, 0), textcoords="offset points", va="center", color=color, fontsize=8
+                    provider,
+                    points[-1],
+                    (5, 0),
+                    textcoords="offset points",
+                    va="center",
+                    color=color,
+                    fontsize=8,
                 )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

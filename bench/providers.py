@@ -1,5 +1,7 @@
-"""The peers, each as users write it today. ``make`` turns inputs into a function of q, k, v; what depends on the
-mask alone is made there, outside the timed call."""
+"""The peers, each as users write it today.
+
+``make`` turns inputs into a function of q, k, v; what depends on the mask alone is made there, untimed.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +43,9 @@ def is_padded(case: Case) -> bool:
 def attention_providers(impl: str) -> list[Provider]:
     return [
         Provider("bertops", lambda inputs: bertops_attention(inputs.mask, impl)),
-        Provider("bertops, no mask", lambda inputs: bertops_attention(None, impl), is_padded, ignores_mask=True),
+        Provider(
+            "bertops, no mask", lambda inputs: bertops_attention(None, impl), is_padded, ignores_mask=True
+        ),
         Provider("eager", lambda inputs: eager_attention(inputs.mask)),
         Provider("compiled eager", lambda inputs: compiled(eager_attention(inputs.mask)), is_compiled),
         Provider("SDPA", lambda inputs: sdpa(inputs.mask)),

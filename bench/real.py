@@ -1,4 +1,4 @@
-"""Real input: a checkpoint, text that is on every machine, and the Q, K, V that the one makes of the other."""
+"""Real input: a checkpoint, text that every machine has, and the Q, K, V that the one makes of the other."""
 
 import ast
 import importlib.util
@@ -46,8 +46,11 @@ def model_folder(model: str | None) -> Path:
 
 
 def texts(folder: Path | None, whole_modules: bool) -> Iterator[str]:
-    """In the same order on every run. Without a folder: the docstrings of the Python standard library, one by one
-    or all of a module as one text; with one: its .txt files, by paragraph or whole."""
+    """In the same order on every run.
+
+    Without a folder: the docstrings of the Python standard library, one by one or all of a module as one text.
+    With one: its .txt files, by paragraph or whole.
+    """
     if folder is not None:
         for path in sorted(folder.rglob("*.txt")):
             whole = path.read_text(encoding="utf-8", errors="replace")

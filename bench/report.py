@@ -15,7 +15,7 @@ COLUMNS = ("provider", "time", "± IQR", "vs bertops", "GFLOP/s", "of limit", "e
 
 
 def write(data: dict[str, Any], out: Path) -> list[Path]:
-    """``data`` is pytest-benchmark's JSON with ours under "bertops"; returns the files written into ``out``."""
+    """``data``: pytest-benchmark's JSON with ours under "bertops". Returns the files it wrote into ``out``."""
     figures = plots.draw(data["bertops"])
     files = {f"{name}.png": png for name, png in figures.items()}
     files["bench.html"] = page(data, figures).encode()
@@ -48,7 +48,10 @@ def table(run: dict[str, Any]) -> str:
         widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
         lines.append(f"{comparison['op']} {comparison['mode']} · {comparison['title']}")
         for row in rows:
-            padded = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:-1], widths[1:], strict=False))]
+            padded = [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:-1], widths[1:], strict=False)),
+            ]
             lines.append("  " + "  ".join([*padded, row[-1]]).rstrip())
         lines.append("")
     return "\n".join(lines)
@@ -68,7 +71,9 @@ def verdict(model: dict[str, Any]) -> str:
     if model["right"] is None:
         return f"hidden states not compared: {model['reason']}"
     equal = "equal" if model["right"] else "DIFFER FROM"
-    return f"{model['states']} hidden states {equal} transformers', relative error {model['relative_error']:.1e}"
+    return (
+        f"{model['states']} hidden states {equal} transformers', relative error {model['relative_error']:.1e}"
+    )
 
 
 def limit_rows(limits: dict[str, Any]) -> dict[str, tuple[str, str]]:
@@ -86,16 +91,16 @@ def limit_rows(limits: dict[str, Any]) -> dict[str, tuple[str, str]]:
 def cells(result: dict[str, Any]) -> tuple[str, ...]:
     """One row under COLUMNS; a result that is not ok has no figures."""
     if result["status"] != "ok":
-        return (result["provider"], *("–",) * (len(COLUMNS) - 2), f"{result['status']}: {result['reason']}")
+        return (result["provider"], *("-",) * (len(COLUMNS) - 2), f"{result['status']}: {result['reason']}")
     time, ratio, extra = result["time"], result["ratio"], result["extra_bytes"]
     return (
         result["provider"],
         duration(time["median"]),
         f"{(time['high'] - time['low']) / time['median']:.0%}",
-        f"{ratio['median']:.2f}×" if ratio else "–",
+        f"{ratio['median']:.2f}{plots.TIMES}" if ratio else "-",
         f"{result['flops_per_s'] / 1e9:,.1f}",
         f"{result['share_of_limit']:.0%}",
-        "–" if extra is None else f"{extra / 1e6:,.1f}",
+        "-" if extra is None else f"{extra / 1e6:,.1f}",
         "ok",
     )
 
@@ -106,8 +111,7 @@ def duration(seconds: float) -> str:
 
 def page(data: dict[str, Any], figures: dict[str, bytes]) -> str:
     run = data["bertops"]
-    commit = data.get("commit_info", {})
-    facts = [*run["machine"].items(), ("commit", commit_name(commit)), ("time", data.get("datetime", "unknown"))]
+    facts = [*run["machine"].items(), ("time", data["datetime"])]
     if run["model"] is not None:
         facts.append(("model", f"{run['model']['name']} on {run['model']['text']}: {verdict(run['model'])}"))
     facts.append(("memory", f"peak beyond what was there before: {run['memory_method']}"))
@@ -126,10 +130,6 @@ def page(data: dict[str, Any], figures: dict[str, bytes]) -> str:
     )
 
 
-def commit_name(commit: dict[str, Any]) -> str:
-    return str(commit.get("id", "unknown"))[:12] + (", with changes" if commit.get("dirty") else "")
-
-
 def comparison_table(comparison: dict[str, Any]) -> str:
     title = html.escape(f"{comparison['op']} {comparison['mode']} · {comparison['title']}")
     head = "".join(f"<th>{name}" for name in COLUMNS)
@@ -146,17 +146,22 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>bertops bench</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1d2733 }}
+body {{ max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem }}
 h1 {{ font-size: 1.7rem; margin: 0 0 1rem }} h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .6rem }}
-dl {{ display: grid; grid-template-columns: 6rem 1fr; gap: .15rem 1rem }} dt {{ color: #66727f }} dd {{ margin: 0 }}
+dl {{ display: grid; grid-template-columns: 6rem 1fr; gap: .15rem 1rem }}
+dt {{ color: #66727f }} dd {{ margin: 0 }}
 img {{ width: 100%; height: auto; margin: .5rem 0 1.5rem }}
 table {{ border-collapse: collapse; width: 100%; margin: 0 0 1.8rem; font-size: 14px }}
 caption {{ text-align: left; font-weight: 600; padding: .3rem 0 }}
-th {{ text-align: right; font-weight: 500; color: #66727f; border-bottom: 1px solid #cdd4da; padding: .2rem .6rem }}
-th:first-child, th:last-child, td:last-child {{ text-align: left }} th:first-child, td:first-child {{ padding-left: 0 }}
+th {{ text-align: right; font-weight: 500; color: #66727f }}
+th {{ border-bottom: 1px solid #cdd4da; padding: .2rem .6rem }}
+th:first-child, th:last-child, td:last-child {{ text-align: left }}
+th:first-child, td:first-child {{ padding-left: 0 }}
 td {{ padding: .2rem .6rem; border-bottom: 1px solid #eef0f2 }}
 .n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }}
-tr.own td {{ font-weight: 600 }} tr.wrong td, tr.failed td {{ color: #b3261e }} tr.unavailable td {{ color: #8a949e }}
+tr.own td {{ font-weight: 600 }} tr.wrong td, tr.failed td {{ color: #b3261e }}
+tr.unavailable td {{ color: #8a949e }}
 p {{ color: #46525e }}
 </style>
 <h1>bertops bench</h1>
@@ -166,10 +171,10 @@ p {{ color: #46525e }}
 <h2>Plots</h2>
 {images}
 <h2>Every figure</h2>
-<p>Times are medians over interleaved rounds. “vs bertops” is the median of the ratios within each round: above 1×
-is slower than bertops. GFLOP/s and the share of the limit count the least work that the call needs over real
-tokens, the same for every provider. A provider whose result fails the check against the fp64 reference shows no
-number.</p>
+<p>Times are medians over interleaved rounds. “vs bertops” is the median of the ratios within each round: above
+1&times; is slower than bertops. GFLOP/s and the share of the limit count the least work that the call needs over real
+tokens, the same for every provider. A provider whose result fails the check against the fp64 reference
+shows no number.</p>
 {tables}
 </html>
 """

@@ -1,10 +1,12 @@
 """What all benchmarks of a run share: options, machine, limits, model, and every result."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.utils import get_commit_info
 
 from bench import limits, shapes
 from bench.measure import Comparison, Op, Result
@@ -14,6 +16,8 @@ from bench.shapes import Case, Inputs, Mode
 from bertops.cli import machine
 
 BUDGET_S = {"quick": 1.0, "full": 3.0}  # of timing, a comparison
+QUICK_DTYPES = (torch.float32, torch.bfloat16)
+FULL_DTYPES = (*QUICK_DTYPES, torch.float16)
 
 
 class Run:
@@ -25,7 +29,7 @@ class Run:
         self.device = torch.device(
             config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
         )
-        self.machine = machine(self.device)
+        self.machine = {**machine(self.device), "load": load(), "commit": commit()}
         self.step: Callable[[str], None] = lambda text: None  # the progress bar's line
         self._options = config.getoption("model"), config.getoption("text")
         self._limits: limits.Limits | None = None
@@ -38,7 +42,7 @@ class Run:
     def limits(self) -> limits.Limits:
         if self._limits is None:
             self.step("limits of this machine")
-            self._limits = limits.measure(self.device)
+            self._limits = limits.measure(self.device, QUICK_DTYPES if self.quick else FULL_DTYPES)
         return self._limits
 
     @property
@@ -84,6 +88,19 @@ class Run:
                 for (op, case, mode), results in self.results.items()
             ],
         }
+
+
+def load() -> str:
+    """Says how busy the machine was before the run: other work on it makes every figure noisy."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    average = os.getloadavg()[0]
+    busy = ", BUSY: the figures are noisy" if average > cpus / 2 else ""
+    return f"{average:.1f} on {cpus} CPUs before the run{busy}"
+
+
+def commit() -> str:
+    info = get_commit_info()
+    return str(info.get("id", "unknown"))[:12] + (" with changes" if info.get("dirty") else "")
 
 
 RUN = pytest.StashKey[Run]()

@@ -14,9 +14,11 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 
 @dataclass(frozen=True)
 class Case:
-    """``source`` says where Q, K, V come from: random numbers, or a layer of the model reading single docstrings
-    (short, so mostly padding) or all docstrings of a module laid end to end (long). For those, heads, head dim
-    and padding are what the model and the text make them."""
+    """``source`` says where Q, K, V come from.
+
+    Random numbers, or a layer of the model reading single docstrings (short, so mostly padding) or all
+    docstrings of a module as one text (long); heads, head dim and padding are then the model's and the text's.
+    """
 
     length: int
     batch: int = 4
@@ -36,7 +38,6 @@ class Case:
         padded = f"-pad{self.padding:.0%}" if self.padding else ""
         shape = f"B{self.batch}-H{self.heads}-N{self.length}-D{self.head_dim}"
         return f"{shape}-{DTYPE_NAMES[self.dtype]}{padded}"
-
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "dtype": DTYPE_NAMES[self.dtype]}
@@ -74,7 +75,7 @@ QUICK_WITH_SCORES = [
 
 
 def full(device: str) -> list[Case]:
-    """N from 128 to 2048 (8192 on a GPU) at a constant number of tokens, D 32/64/128, dtypes, padded and not."""
+    """N from 128 to 2048 (8192 on a GPU) at a constant number of tokens; D, dtypes, padded and not."""
     tokens, longest = (16384, 8192) if device == "cuda" else (2048, 2048)
     lengths = [n for n in (128, 256, 512, 1024, 2048, 4096, 8192) if n <= longest]
     real = [

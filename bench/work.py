@@ -5,8 +5,8 @@ from bench.shapes import Inputs, Mode
 
 
 def attention(inputs: Inputs, mode: Mode, map_bytes: int = 0) -> Work:
-    """Forward: QKᵀ and PV, an exp a pair; reads q, k, v, writes out. Backward: QKᵀ once more, dO Vᵀ, dV, dQ, dK,
-    an exp a pair; reads q, k, v, out, dO, writes dQ, dK, dV. Both move lse (fp32) once.
+    """Forward: QKᵀ and PV, an exp a pair; reads q, k, v, writes out. Backward: QKᵀ once more, dO Vᵀ, dV, dQ
+    and dK, an exp a pair; reads q, k, v, out, dO, writes dQ, dK, dV. Both move lse (fp32) once.
 
     ``map_bytes``: a score map that forward writes and whose gradient backward reads.
     """
@@ -18,9 +18,7 @@ def attention(inputs: Inputs, mode: Mode, map_bytes: int = 0) -> Work:
         return forward
     if mode == "backward":
         return backward
-    return Work(
-        forward.flops + backward.flops, forward.exps + backward.exps, forward.bytes + backward.bytes
-    )
+    return Work(forward.flops + backward.flops, forward.exps + backward.exps, forward.bytes + backward.bytes)
 
 
 def attention_with_scores(inputs: Inputs, mode: Mode) -> Work:

@@ -14,6 +14,7 @@ import bertops
 from bertops import _backend
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
+DEVICES_OF = {"cpu": ("cpu",), "cuda": ("cuda",)}  # Triton also runs on a CPU, in its interpreter
 BENCH_NEEDS = {
     "pytest": "pytest",
     "pytest_benchmark": "pytest-benchmark",
@@ -45,10 +46,15 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--impl", choices=_backend.CHOICES, default="auto", help="implementation of bertops")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's)")
     parser.add_argument(
-        "--model", help="folder or hub id of a BERT checkpoint (default: the all-MiniLM-L6-v2 that is installed)"
+        "--model",
+        help="folder or hub id of a BERT checkpoint (default: the all-MiniLM-L6-v2 that is installed)",
     )
-    parser.add_argument("--text", help="folder of .txt files (default: docstrings of the Python standard library)")
-    parser.add_argument("--only", metavar="EXPRESSION", help="as pytest's -k, such as 'with_scores and forward'")
+    parser.add_argument(
+        "--text", help="folder of .txt files (default: docstrings of the Python standard library)"
+    )
+    parser.add_argument(
+        "--only", metavar="EXPRESSION", help="as pytest's -k, such as 'with_scores and forward'"
+    )
     parser.set_defaults(run=bench)
 
 
@@ -61,18 +67,21 @@ def positive(text: str) -> int:
 
 def info(options: argparse.Namespace) -> int:
     for name, value in {"bertops": bertops.__version__, **build(), **machine(None)}.items():
-        print(f"{name:10} {value}")
-    print()
-    devices = ("cpu", "cuda")
+        print(f"{name:9} {value}")
     for op, implementations in _backend.IMPLEMENTATIONS.items():
-        print(op)
+        print(f"\n{op}")
         for implementation in implementations:
-            states = {device: _backend.unavailable(op, implementation, device) for device in devices}
-            for device, reason in states.items():
-                if implementation in devices and implementation != device:
-                    continue
-                print(f"  {implementation:10} on {device:5} {'yes' if reason is None else 'no: ' + reason}")
+            for device in DEVICES_OF.get(implementation, ("cpu", "cuda")):
+                reason = unavailable(op, implementation, device)
+                print(f"  {implementation:9} on {device:4}  {'yes' if reason is None else 'no: ' + reason}")
     return 0
+
+
+def unavailable(op: str, implementation: str, device: str) -> str | None:
+    """As the op itself would say it, had it a tensor on ``device``."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return f"GPU: {gpu_name()}"
+    return _backend.unavailable(op, implementation, device)
 
 
 def build() -> dict[str, str]:
@@ -118,9 +127,9 @@ def cpu_isa() -> str:
 
 def gpu_name() -> str:
     if torch.version.cuda is None:
-        return f"none: torch {torch.__version__} has no CUDA"
+        return f"none, torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
-        return "none: PyTorch finds no usable GPU"
+        return "none that PyTorch can use"
     return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
 
