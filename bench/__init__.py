@@ -1,1 +1,1 @@
-"""The benchmarks: ``python -m bertops bench`` runs all, ``pytest bench/bench_attention.py`` those of an op."""
+"""The benchmarks: ``python -m bertops bench`` runs all, ``pytest bench/bench_attention.py`` one op's."""

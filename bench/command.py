@@ -61,7 +61,7 @@ def pytest_arguments(options: argparse.Namespace, measured: Path) -> list[str]:
 
 
 class Progress:
-    """A pytest plugin: a bar over all items in place of pytest's lines, on a stream that it does not capture."""
+    """A pytest plugin: a bar over all items in place of pytest's lines, on a stream it does not capture."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream

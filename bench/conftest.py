@@ -55,8 +55,10 @@ def show(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Result], N
 
     def show_result(result: Result) -> None:
         if result.status != "ok":
-            say = pytest.fail if result.provider.startswith("bertops") else pytest.skip
-            say(f"{result.provider}: {result.status}: {result.reason}")
+            reason = f"{result.provider}: {result.status}: {result.reason}"
+            if result.provider.startswith("bertops"):
+                pytest.fail(reason, pytrace=False)
+            pytest.skip(reason)
         benchmark.group = request.node.name.rpartition("-")[0]
         benchmark.extra_info.update(result.as_dict(), machine=run.machine)
         del benchmark.extra_info["seconds"]

@@ -31,7 +31,7 @@ class Op:
 
 @dataclass
 class Result:
-    """``status``: ok, wrong, failed or unavailable; only ok has figures. ``ratio`` is time over bertops' time."""
+    """``status``: ok, wrong, failed or unavailable; only ok has figures. ``ratio``: over bertops' time."""
 
     provider: str
     status: str

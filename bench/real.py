@@ -48,7 +48,7 @@ def model_folder(model: str | None) -> Path:
 def texts(folder: Path | None, whole_modules: bool) -> Iterator[str]:
     """In the same order on every run.
 
-    Without a folder: the docstrings of the Python standard library, one by one or all of a module as one text.
+    Without a folder: the docstrings of the Python standard library, one by one or all of a module in one text.
     With one: its .txt files, by paragraph or whole.
     """
     if folder is not None:
@@ -140,6 +140,9 @@ class RealModel:
         if importlib.util.find_spec("transformers") is None:
             return {"right": None, "reason": "transformers is not installed"}
         from transformers import AutoModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
         batch = self.batch(CHECKED_TEXTS, CHECKED_LENGTH, whole_modules=False)
         theirs = AutoModel.from_pretrained(self.folder, attn_implementation="eager").to(self.device).eval()

@@ -15,7 +15,7 @@ COLUMNS = ("provider", "time", "± IQR", "vs bertops", "GFLOP/s", "of limit", "e
 
 
 def write(data: dict[str, Any], out: Path) -> list[Path]:
-    """``data``: pytest-benchmark's JSON with ours under "bertops". Returns the files it wrote into ``out``."""
+    """``data``: pytest-benchmark's JSON with ours under "bertops". Returns the files written into ``out``."""
     figures = plots.draw(data["bertops"])
     files = {f"{name}.png": png for name, png in figures.items()}
     files["bench.html"] = page(data, figures).encode()
@@ -171,10 +171,10 @@ p {{ color: #46525e }}
 <h2>Plots</h2>
 {images}
 <h2>Every figure</h2>
-<p>Times are medians over interleaved rounds. “vs bertops” is the median of the ratios within each round: above
-1&times; is slower than bertops. GFLOP/s and the share of the limit count the least work that the call needs over real
-tokens, the same for every provider. A provider whose result fails the check against the fp64 reference
-shows no number.</p>
+<p>Times are medians over interleaved rounds. “vs bertops” is the median of the ratios within each round:
+above 1&times; is slower than bertops. GFLOP/s and the share of the limit count the least work that the call
+needs over real tokens, the same for every provider. A provider whose result fails the check against the fp64
+reference shows no number.</p>
 {tables}
 </html>
 """
