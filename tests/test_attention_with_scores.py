@@ -1,9 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import Case, check, run
 
 import bertops
-from attention_cases import Case, check, run
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -37,7 +37,7 @@ def test_matches_oracle(case, kernel):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("padding", [None, "right", "holes"])
 def test_matches_oracle_over_many_blocks(dtype, padding):
-    case = Case(batch=2, heads=2, length=517, head_dim=64, dtype=dtype, padding=padding)
+    case = Case(batch=2, heads=1, length=327, head_dim=64, dtype=dtype, padding=padding)
     check("attention_with_scores", case, ("cpu", "cpu"))
 
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bertops import _backend, reference
 from bertops.ops import _checks
 from bertops.ops import attention as _attention
+from bertops.ops._autograd import once_differentiable
 
 _attention_with_scores_fwd = torch.ops.bertops.attention_with_scores_fwd.default
 
@@ -61,7 +61,7 @@ def attention_with_scores(
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse, scores = _AttentionWithScores.apply(backend, scores_dtype, *arguments)
     else:
-        out, lse, scores = forward_kernel(backend, q.device)(*arguments, scores_dtype)
+        out, lse, scores = _forward_kernel(backend)(*arguments, scores_dtype)
     return (out, scores, lse) if return_lse else (out, scores)
 
 
@@ -70,7 +70,7 @@ class _AttentionWithScores(torch.autograd.Function):
     def forward(
         ctx: Any, backend: str, scores_dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, *options: Any
     ) -> Any:
-        out, lse, scores = forward_kernel(backend, q.device)(q, k, v, *options, scores_dtype)
+        out, lse, scores = _forward_kernel(backend)(q, k, v, *options, scores_dtype)
         _attention.save_for_backward(ctx, backend, q, k, v, out, lse, options)
         return out, lse, scores
 
@@ -82,12 +82,12 @@ class _AttentionWithScores(torch.autograd.Function):
         return None, None, *_attention.backward(ctx, grad_out, grad_lse, grad_scores), *(None,) * 6
 
 
-def forward_kernel(backend: str, device: torch.device) -> Any:
-    if _attention._interpreted(backend, device):
-        return _attention._triton().attention_with_scores_fwd
+def _forward_kernel(backend: str) -> Any:
+    if backend == "interpreter":
+        return _attention.triton_kernels().attention_with_scores_fwd
     return _attention_with_scores_fwd
 
 
 @torch.library.impl("bertops::attention_with_scores_fwd", "CUDA")
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _attention._triton().attention_with_scores_fwd(*arguments)
+    return _attention.triton_kernels().attention_with_scores_fwd(*arguments)

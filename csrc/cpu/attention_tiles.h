@@ -274,9 +274,8 @@ inline void softmax_step(int64_t keys, int64_t columns, int64_t width, T* scores
     for (int64_t key = 0; key < keys; ++key) now = max<T>(now, load(scores + key * kQueryBlock + column));
     // a window may hide the whole block from a query: its maximum is still -inf, and -inf - -inf is NaN
     const Vec<T> finite = now == -__builtin_inf() ? Vec<T>{} : now;
-    const Vec<T> shift = finite * log2e;
     Vec<T> total = load(sum + column);
-    const Vec<T> decay = exp2(before * log2e - shift);
+    const Vec<T> decay = exp2((before - finite) * log2e);
     total *= decay;
     for (int64_t d = 0; d < width; ++d) {
       T* o = out + d * kQueryBlock + column;
@@ -285,7 +284,7 @@ inline void softmax_step(int64_t keys, int64_t columns, int64_t width, T* scores
     store(maximum + column, now);
     for (int64_t key = 0; key < keys; ++key) {
       T* s = scores + key * kQueryBlock + column;
-      const Vec<T> prob = exp2(load(s) * log2e - shift);
+      const Vec<T> prob = exp2((load(s) - finite) * log2e);
       total += prob;
       store(s, prob);
     }
@@ -360,10 +359,10 @@ template <class T>
 inline void probabilities(int64_t keys, int64_t columns, const T* lse, T* scores) {
   const T log2e = static_cast<T>(kLog2E);
   for (int64_t column = 0; column < columns; column += kLanes<T>) {
-    const Vec<T> shift = load(lse + column) * log2e;
+    const Vec<T> shift = load(lse + column);
     for (int64_t key = 0; key < keys; ++key) {
       T* s = scores + key * kQueryBlock + column;
-      store(s, exp2(load(s) * log2e - shift));
+      store(s, exp2((load(s) - shift) * log2e));
     }
   }
 }
