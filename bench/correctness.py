@@ -17,10 +17,10 @@ SLICE_PAIRS = 2**24  # elements of an N x N map in fp64 held at a time
 
 @dataclass(frozen=True)
 class Truth:
-    """Outputs, then gradients, of the reference in the dtype of the inputs and in fp64."""
+    """Outputs, then gradients: the reference in fp64, and in the inputs' dtype summing in two orders."""
 
-    eager: list[Tensor]
     oracle: list[Tensor]
+    eagers: list[list[Tensor]]
     names: list[str]
 
 
@@ -31,10 +31,15 @@ def truth(
     reference: Reference, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grads: list[Tensor]
 ) -> Truth:
     """``reference(q, k, v, mask)`` gives the outputs, ``grads`` are their gradients; runs groups of heads."""
-    eager = run_in_groups(reference, q, k, v, mask, grads, q.dtype)
     oracle = run_in_groups(reference, q, k, v, mask, grads, torch.float64)
-    names = [f"output {i}" for i in range(len(grads))] + ["grad q", "grad k", "grad v"]
-    return Truth(eager, oracle, names)
+    forwards = run_in_groups(reference, q, k, v, mask, grads, q.dtype)
+    out_grad, *others = grads
+    backwards = run_in_groups(
+        reference, q.flip(-1), k.flip(-1), v.flip(-1), mask, [out_grad.flip(-1), *others], q.dtype
+    )
+    names = [*["out", "scores"][: len(grads)], "grad q", "grad k", "grad v"]
+    unflipped = [x if name == "scores" else x.flip(-1) for name, x in zip(names, backwards, strict=True)]
+    return Truth(oracle, [forwards, unflipped], names)
 
 
 def run_in_groups(
@@ -64,15 +69,15 @@ def run_in_groups(
 def wrong(results: Sequence[Tensor], expected: Truth, mask: Tensor | None) -> str | None:
     """Why ``results`` (outputs, or outputs and gradients) are wrong, or None where they are right.
 
-    Rows of padding are left out of the first output: bertops makes them 0, its peers leave a number there.
+    Rows of padding are left out of ``out``: bertops makes them 0, its peers leave a number there.
     """
     for place, (name, result) in enumerate(zip(expected.names, results, strict=False)):
-        eager, oracle = expected.eager[place], expected.oracle[place]
-        if place == 0 and mask is not None:
-            rows = mask[:, None, :, None]
-            result, eager, oracle = (x.masked_fill(~rows, 0.0) for x in (result, eager, oracle))
+        compared = [result, expected.oracle[place], *(eager[place] for eager in expected.eagers)]
+        if name == "out" and mask is not None:
+            compared = [x.masked_fill(~mask[:, None, :, None], 0.0) for x in compared]
+        actual, oracle, *eagers = compared
         try:
-            assert_close_to_oracle(name, result.detach(), eager, oracle)
+            assert_close_to_oracle(name, actual, eagers, oracle)
         except AssertionError as error:
             return str(error)
     return None

@@ -48,7 +48,7 @@ def model_folder(model: str | None) -> Path:
 def texts(folder: Path | None, whole_modules: bool) -> Iterator[str]:
     """In the same order on every run.
 
-    Without a folder: the docstrings of the Python standard library, one by one or all of a module in one text.
+    Without a folder: the docstrings of the Python standard library, one by one or a module's in one text.
     With one: its .txt files, by paragraph or whole.
     """
     if folder is not None:
