@@ -24,7 +24,7 @@ extension_error: str | None = None
 extension_path: str | None = None
 extension_has_cuda = False
 try:
-    from bertops import _C
+    from bertops import _C  # type: ignore[attr-defined]
 except ImportError as error:
     extension_error = (
         f"bertops._C could not be loaded ({error}); build it with "
@@ -59,7 +59,8 @@ def use_impl(impl: str) -> Iterator[None]:
 def resolve(op: str, impl: str, device: torch.device) -> str:
     """What runs ``op`` on ``device``: ``cpu``, ``triton``, ``cuda`` or ``reference``.
 
-    Triton on CPU tensors is ``interpreter``: its kernels are called without the dispatcher, where ``_C`` owns the CPU.
+    Triton on CPU tensors is ``interpreter``: those kernels are called without the dispatcher, in which ``_C``
+    owns the CPU.
 
     Raises:
         ValueError: ``impl`` is not a known choice.
@@ -112,7 +113,7 @@ def _check_choice(impl: str) -> None:
 
 
 # (op, device type) -> the first kernel that can run there; what is missing has no entry.
-_AUTOMATIC = {
+_AUTOMATIC: dict[tuple[str, str], str] = {
     (op, device_type): kernel
     for op, kernels in IMPLEMENTATIONS.items()
     for device_type in ("cpu", "cuda")

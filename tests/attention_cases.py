@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 
 import torch
-from errors import assert_close_to_oracle
 from torch import Tensor
 
 import bertops
 from bertops import reference
 from bertops.ops.attention import prepare
+from errors import assert_close_to_oracle
 
 OPS = {"attention": bertops.attention, "attention_with_scores": bertops.attention_with_scores}
 

@@ -8,12 +8,12 @@ FP64_RELATIVE_NORM = 1e-13
 
 
 def assert_close_to_oracle(name: str, actual: Tensor, eagers: list[Tensor], oracle: Tensor) -> None:
-    """``actual`` from the kernel and ``eagers`` from the reference, of one dtype; ``oracle`` the same in fp64.
+    """``actual`` from the kernel, ``eagers`` from the reference in the same dtype, ``oracle`` in fp64.
 
-    ``eagers`` are evaluations that differ in the order of their sums: a single one may be right by luck. In norm
-    and at the worst element the error of ``actual`` is at most twice the largest of theirs, plus what rounding
-    the oracle itself to that dtype costs; in fp32 the relative norm also stays below 1e-5. For fp64 the oracle is
-    no better than the kernel, and the relative norm stays below 1e-13.
+    ``eagers`` differ in the order of their sums: a single one may be right by luck. In norm and at the worst
+    element the error of ``actual`` is at most twice the largest of theirs, plus what rounding the oracle
+    itself to that dtype costs; in fp32 the relative norm also stays below 1e-5. For fp64 the oracle is no
+    better than the kernel, and the relative norm stays below 1e-13.
     """
     assert actual.shape == oracle.shape, (name, actual.shape, oracle.shape)
     eps = torch.finfo(actual.dtype).eps

@@ -1,9 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import Case, check, run
 
 import bertops
+from attention_cases import Case, check, run
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -152,5 +152,5 @@ def test_nothing_to_attend(shape, kernel):
 
 def test_bad_scores_dtype_is_named():
     q = torch.randn(1, 1, 4, 8)
-    with pytest.raises(TypeError, match="scores_dtype.*int32"):
+    with pytest.raises(TypeError, match=r"scores_dtype.*int32"):
         bertops.attention_with_scores(q, q, q, scores_dtype=torch.int32)

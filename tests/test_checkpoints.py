@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import FAMILIES, assert_same, batch, both, hf_config, hf_model, transformers
 from torch import Tensor
 
 from bertops.models import BertForMaskedLM, BertForSequenceClassification, BertModel
+from small_models import FAMILIES, assert_same, batch, both, hf_config, hf_model, transformers
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 

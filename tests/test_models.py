@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
+from bertops.models import BertConfig, BertForSequenceClassification, BertModel
+from bertops.models.rows import count_positions, first_tokens
 from small_models import (
     FAMILIES,
     MODELS,
@@ -19,10 +23,6 @@ from small_models import (
     token_types,
     transformers,
 )
-from torch import Tensor
-
-from bertops.models import BertConfig, BertForSequenceClassification, BertModel
-from bertops.models.rows import count_positions, first_tokens
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

@@ -1,5 +1,7 @@
 """Argument checks that ops share. Each names the argument, what came and what was expected."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -85,7 +87,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
                 f"cu_seqlens must start with 0 and end with the token count {x.shape[2]}, "
                 f"got {offsets[0]} to {offsets[-1]} in shape {tuple(cu_seqlens.shape)}"
             )
-        if any(b < a for a, b in zip(offsets, offsets[1:], strict=False)):
+        if any(b < a for a, b in pairwise(offsets)):
             raise ValueError(f"cu_seqlens must not decrease, got {describe(cu_seqlens)} with {offsets[:16]}")
 
 

@@ -1,7 +1,7 @@
 """Bidirectional attention without the (N, N) map."""
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,38 @@ AUTOCAST_DEVICES = ("cpu", "cuda")
 
 _attention_fwd = torch.ops.bertops.attention_fwd.default
 _attention_bwd = torch.ops.bertops.attention_bwd.default
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[False] = False,
+    impl: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[True],
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -52,8 +84,8 @@ def attention(
             attention crosses between them. Excludes ``mask``.
         window: keys with ``|i - j| > window`` take no part (the local layers of ModernBERT).
         scale: default ``1 / sqrt(D)``.
-        dropout_p: probability in [0, 1) of dropping an entry of P. The mask is a function of a seed drawn from
-            PyTorch's generator and of (sequence, head, i, j) alone: padded and packed rows drop alike.
+        dropout_p: probability in [0, 1) of dropping an entry of P. What drops is a function of a seed drawn
+            from PyTorch's generator and of (sequence, head, i, j) alone: padded and packed rows drop alike.
         return_lse: also return lse (B, H, N) in fp32 (fp64 for fp64).
         impl: ``auto``, ``triton``, ``cpu`` or ``reference``; anything but ``auto`` never falls back.
 

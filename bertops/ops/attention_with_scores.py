@@ -38,8 +38,9 @@ def attention_with_scores(
         dQ = \text{scale} \cdot dS\, K, \quad dK = \text{scale} \cdot dS^\top Q.
 
     Args:
-        q, k, v, mask, cu_seqlens, window, scale, dropout_p, return_lse, impl: as in :func:`bertops.attention`.
-        scores_dtype: dtype of the map, default that of q. fp32 costs twice the bytes of bf16 and rounds nothing.
+        q, k, v, mask, cu_seqlens, window, scale, dropout_p, return_lse, impl: as in
+            :func:`bertops.attention`.
+        scores_dtype: dtype of the map, default that of q. fp32 costs twice the bytes of bf16, unrounded.
 
     Returns:
         (out, scores), or (out, scores, lse) with ``return_lse``. ``scores`` is (B, H, N, N); with
@@ -57,7 +58,7 @@ def attention_with_scores(
         raise TypeError(f"scores_dtype must be one of {_checks.DTYPES}, got {scores_dtype!r}")
     backend = _backend.resolve("attention_with_scores", impl, q.device)
     if backend == "reference":
-        out, lse, scores = reference.attention_with_scores(*arguments, scores_dtype)
+        out, lse, scores = reference.attention_with_scores(*arguments, scores_dtype=scores_dtype)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse, scores = _AttentionWithScores.apply(backend, scores_dtype, *arguments)
     else:

@@ -7,6 +7,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
 #include <optional>
 
 namespace bertops {
@@ -24,6 +29,18 @@ inline Tensor rows_first(const Tensor& like) {
   STD_TORCH_CHECK(aoti_torch__reinterpret_tensor(memory.get(), 4, sizes, strides, 0, &view) == AOTI_TORCH_SUCCESS,
                   "bertops: no view of a new tensor");
   return Tensor(view);
+}
+
+// Memory that the caller is about to fill: where the kernel gives huge pages on request only, faulting 4 KiB at a
+// time costs more than writing. Does nothing to small tensors.
+inline void prefer_huge_pages(const Tensor& fresh) {
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(fresh.data_ptr());
+  const uintptr_t last = first + fresh.numel() * fresh.element_size();
+  const uintptr_t begin = (first + kHugePage - 1) / kHugePage * kHugePage, end = last / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 inline ScalarType accumulator_dtype(ScalarType dtype) {

@@ -34,7 +34,7 @@ DType dtype_of(ScalarType dtype) {
 }
 
 Heads heads_of(const Tensor& x) {
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  return {x.data_ptr(), dtype_of(x.scalar_type()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
 // The sequences of a batch and the positions of their real rows.
@@ -119,6 +119,8 @@ std::vector<AttentionTask> tasks_of(const Rows& rows, int64_t heads, int64_t que
 Attention common(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& seed, int64_t window,
                  double scale, double dropout_p) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "bertops: q, k, v must have shape (B, H, N, D)");
+  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+                  "bertops: q, k, v must have one dtype");
   for (int64_t d = 0; d < 4; ++d) {
     STD_TORCH_CHECK(q.size(d) == k.size(d) && q.size(d) == v.size(d), "bertops: q, k, v must have one shape");
   }
@@ -141,22 +143,21 @@ Attention common(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   return p;
 }
 
-// Runs FUNCTION<storage type> of this processor's instruction set.
-#define BERTOPS_DISPATCH(DTYPE, FUNCTION, ...)                                          \
-  switch (DTYPE) {                                                                      \
-    case DType::kFloat: BERTOPS_CALL_ISA(FUNCTION<float>, __VA_ARGS__) break;           \
-    case DType::kDouble: BERTOPS_CALL_ISA(FUNCTION<double>, __VA_ARGS__) break;         \
-    case DType::kBFloat16: BERTOPS_CALL_ISA(FUNCTION<BFloat16>, __VA_ARGS__) break;     \
-    case DType::kFloat16: BERTOPS_CALL_ISA(FUNCTION<Float16>, __VA_ARGS__) break;       \
+// Runs FUNCTION of this processor's instruction set, in the type that a dtype is computed in.
+#define BERTOPS_DISPATCH(DTYPE, FUNCTION, ...)           \
+  if (DTYPE == DType::kDouble) {                         \
+    BERTOPS_CALL_ISA(FUNCTION<double>, __VA_ARGS__)      \
+  } else {                                               \
+    BERTOPS_CALL_ISA(FUNCTION<float>, __VA_ARGS__)       \
   }
 
 int64_t accumulator_bytes(DType dtype) { return dtype == DType::kDouble ? sizeof(double) : sizeof(float); }
 
-void forward(const Attention& p, const Rows& rows, DType dtype) {
+void forward(const Attention& p, const Rows& rows) {
   const std::vector<AttentionTask> tasks = tasks_of(rows, p.heads, kQueriesPerForwardTask);
-  const int64_t bytes = attention_forward_scratch(rows.longest, p.head_dim) * accumulator_bytes(dtype);
+  const int64_t bytes = attention_forward_scratch(rows.longest, p.head_dim) * accumulator_bytes(p.q.dtype);
   run_tasks(tasks.size(), bytes, [&](int64_t task, void* scratch) {
-    BERTOPS_DISPATCH(dtype, attention_forward, p, tasks[task], scratch)
+    BERTOPS_DISPATCH(p.q.dtype, attention_forward, p, tasks[task], scratch)
   });
 }
 
@@ -169,7 +170,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   Tensor lse = torch::stable::new_empty(q, {q.size(0), p.heads, p.length}, accumulator_dtype(q.scalar_type()));
   p.out = heads_of(out);
   p.lse = lse.data_ptr();
-  forward(p, rows, dtype_of(q.scalar_type()));
+  forward(p, rows);
   return {out, lse};
 }
 
@@ -183,11 +184,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_with_scores_fwd(const Tensor& q, co
   Tensor out = rows_first(q);
   Tensor lse = torch::stable::new_empty(q, {q.size(0), p.heads, p.length}, accumulator_dtype(q.scalar_type()));
   Tensor scores = torch::stable::new_empty(q, {q.size(0), p.heads, p.length, p.length}, scores_dtype);
+  prefer_huge_pages(scores);
   p.out = heads_of(out);
   p.lse = lse.data_ptr();
   p.scores = heads_of(scores);
-  p.scores_dtype = dtype_of(scores_dtype);
-  forward(p, rows, dtype_of(q.scalar_type()));
+  forward(p, rows);
   return {out, lse, scores};
 }
 
@@ -199,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out, std::op
                                                  std::optional<Tensor> seed) {
   Attention p = common(q, k, v, seed, window, scale, dropout_p);
   const Rows rows(q, mask, cu_seqlens);
-  const DType dtype = dtype_of(q.scalar_type());
+  const DType dtype = p.q.dtype;
   STD_TORCH_CHECK(grad_out.scalar_type() == q.scalar_type(), "bertops: grad_out must have the dtype of q");
   Tensor dq = rows_first(q), dk = rows_first(q), dv = rows_first(q);
   const Tensor dense_lse = torch::stable::contiguous(lse);
@@ -209,10 +210,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out, std::op
   p.grad_out = heads_of(grad_out);
   p.lse = dense_lse.data_ptr();
   p.grad_lse = dense_grad_lse ? dense_grad_lse->data_ptr() : nullptr;
-  if (grad_scores) {
-    p.grad_scores = heads_of(*grad_scores);
-    p.grad_scores_dtype = dtype_of(grad_scores->scalar_type());
-  }
+  if (grad_scores) p.grad_scores = heads_of(*grad_scores);
   p.dq = heads_of(dq);
   p.dk = heads_of(dk);
   p.dv = heads_of(dv);
@@ -249,10 +247,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out, std::op
     BERTOPS_DISPATCH(dtype, attention_backward, p, tasks[task], scratch)
   });
   if (sums > 0) {
-    run_tasks(shared.size(), 0, [&](int64_t i, void* scratch) {
+    run_tasks(shared.size(), 0, [&](int64_t i, void*) {
       const auto& [first, parts] = shared[i];
       if (parts == 1) return;
-      BERTOPS_DISPATCH(dtype, attention_reduce, p, &tasks[first], parts, scratch)
+      BERTOPS_DISPATCH(dtype, attention_reduce, p, &tasks[first], parts)
     });
   }
   return {dq, dk, dv};

@@ -7,9 +7,10 @@
 
 namespace bertops {
 
-// A (B, H, N, D) tensor; strides in elements.
+// A (B, H, N, D) tensor, or the (B, H, N, N) map; strides in elements.
 struct Heads {
   void* data = nullptr;
+  DType dtype = DType::kFloat;
   int64_t batch_stride = 0, head_stride = 0, row_stride = 0, dim_stride = 0;
 };
 
@@ -27,8 +28,7 @@ struct Sequence {
 struct Attention {
   Heads q, k, v, out;
   void* lse;  // (B, H, N) contiguous, fp32 or fp64
-  Heads scores;
-  DType scores_dtype;
+  Heads scores;  // none: data is null
   int64_t heads, length, head_dim;
   int64_t window;  // -1: none
   double scale, dropout_p;
@@ -36,7 +36,6 @@ struct Attention {
   uint64_t keep_from;  // a Philox word below this drops its probability
   // backward
   Heads grad_out, grad_scores, dq, dk, dv;
-  DType grad_scores_dtype;
   const void* grad_lse;  // contiguous like lse, or null
 };
 

@@ -61,4 +61,28 @@ inline void store_row(const T* from, int64_t count, T scale, S* to) {
   for (; i < count; ++i) from_float(from[i] * scale, to + i);
 }
 
+// The same for a dtype known at run time; `offset` in elements.
+template <class T>
+inline void load_as(DType dtype, const void* from, int64_t offset, int64_t stride, int64_t count, int64_t padded,
+                    T scale, T* to) {
+  switch (dtype) {
+    case DType::kFloat: return load_row(static_cast<const float*>(from) + offset, stride, count, padded, scale, to);
+    case DType::kDouble: return load_row(static_cast<const double*>(from) + offset, stride, count, padded, scale, to);
+    case DType::kBFloat16:
+      return load_row(static_cast<const BFloat16*>(from) + offset, stride, count, padded, scale, to);
+    case DType::kFloat16:
+      return load_row(static_cast<const Float16*>(from) + offset, stride, count, padded, scale, to);
+  }
+}
+
+template <class T>
+inline void store_as(DType dtype, const T* from, int64_t count, T scale, void* to, int64_t offset) {
+  switch (dtype) {
+    case DType::kFloat: return store_row(from, count, scale, static_cast<float*>(to) + offset);
+    case DType::kDouble: return store_row(from, count, scale, static_cast<double*>(to) + offset);
+    case DType::kBFloat16: return store_row(from, count, scale, static_cast<BFloat16*>(to) + offset);
+    case DType::kFloat16: return store_row(from, count, scale, static_cast<Float16*>(to) + offset);
+  }
+}
+
 }  // namespace bertops::BERTOPS_ISA

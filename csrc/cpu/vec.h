@@ -55,7 +55,7 @@ BERTOPS_INLINE Vec<float> exp2(Vec<float> x) {
 }
 
 BERTOPS_INLINE Vec<double> exp2(Vec<double> x) {
-  Vec<double> p;
+  Vec<double> p{};
   for (int lane = 0; lane < kLanes<double>; ++lane) p[lane] = __builtin_exp2(x[lane]);
   return p;
 }
