@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+import bertops  # noqa: F401  (loads the ops)
 from bench.paired import Contestant, WallClock
 from bench.shapes import DTYPE_NAMES
 

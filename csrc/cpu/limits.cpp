@@ -34,11 +34,13 @@ std::tuple<Tensor, int64_t> on_every_thread(const Tensor& like, const Loop& loop
 }
 
 std::tuple<Tensor, int64_t> limits_fma(const Tensor& like, int64_t steps) {
-  return on_every_thread(like, [=](float* sum, int64_t* flops) { BERTOPS_CALL_ISA(fma_loop, steps, sum, flops) });
+  return on_every_thread(like,
+                         [=](float* sum, int64_t* flops) { BERTOPS_CALL_ISA(fma_loop, steps, sum, flops) });
 }
 
 std::tuple<Tensor, int64_t> limits_exp(const Tensor& like, int64_t steps) {
-  return on_every_thread(like, [=](float* sum, int64_t* exps) { BERTOPS_CALL_ISA(exp_loop, steps, sum, exps) });
+  return on_every_thread(like,
+                         [=](float* sum, int64_t* exps) { BERTOPS_CALL_ISA(exp_loop, steps, sum, exps) });
 }
 
 // Nothing: what is left is the cost of going through the dispatcher.

@@ -43,7 +43,9 @@ cudaStream_t current_stream(const Tensor& like) {
   return static_cast<cudaStream_t>(stream);
 }
 
-void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "bertops limits: ", cudaGetErrorString(error)); }
+void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "bertops limits: ", cudaGetErrorString(error));
+}
 
 // A sum a thread, so that nothing is optimised away, and the number of exponentials.
 std::tuple<Tensor, int64_t> limits_exp(const Tensor& like, int64_t steps) {
