@@ -60,7 +60,7 @@ def show(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Result], N
                 pytest.fail(reason, pytrace=False)
             pytest.skip(reason)
         benchmark.group = request.node.name.rpartition("-")[0]
-        benchmark.extra_info.update(result.as_dict(), machine=run.machine)
+        benchmark.extra_info.update(result.as_dict(run.limits), machine=run.machine)
         del benchmark.extra_info["seconds"]
         replay_clock.record(benchmark, result.seconds)
 

@@ -13,7 +13,7 @@ from bench.limits import Limits, Work
 from bench.memory import peak_extra_bytes
 from bench.paired import Contestant, Spread
 from bench.providers import Call, Provider
-from bench.shapes import Case, Inputs, Mode
+from bench.shapes import DTYPE_NAMES, Case, Inputs, Mode
 
 BASE = "bertops"
 
@@ -34,29 +34,33 @@ class Result:
     """``status``: ok, wrong, failed or unavailable; only ok has figures. ``ratio``: over bertops' time."""
 
     provider: str
+    dtype: str
     status: str
     reason: str | None = None
     seconds: list[float] = field(default_factory=list)
     ratio: Spread | None = None
     work: Work | None = None
-    share_of_limit: float | None = None
     extra_bytes: int | None = None
 
     @property
     def time(self) -> Spread:
         return Spread.of(self.seconds)
 
-    def as_dict(self) -> dict[str, Any]:
-        time = asdict(self.time) if self.seconds else None
-        flops_per_s = self.work.flops / self.time.median if self.work and self.seconds else None
-        return {**asdict(self), "time": time, "flops_per_s": flops_per_s}
+    def as_dict(self, limits: Limits) -> dict[str, Any]:
+        """With what follows from the times: spread, FLOP/s, and the share of the limits known by now."""
+        figures: dict[str, Any] = {"time": None, "flops_per_s": None, "share_of_limit": None}
+        if self.work is not None:
+            figures["time"] = asdict(self.time)
+            figures["flops_per_s"] = self.work.flops / self.time.median
+            figures["share_of_limit"] = limits.least_seconds(self.work, self.dtype) / self.time.median
+        return {**asdict(self), **figures}
 
 
 class Comparison:
     """All modes of one op on one case; the truth is computed once."""
 
-    def __init__(self, op: Op, case: Case, inputs: Inputs, limits: Limits) -> None:
-        self.op, self.case, self.inputs, self.limits = op, case, inputs, limits
+    def __init__(self, op: Op, case: Case, inputs: Inputs) -> None:
+        self.op, self.case, self.inputs = op, case, inputs
         self.device = inputs.q.device
         generator = torch.Generator().manual_seed(1)
         shapes = op.output_shapes(inputs.q)
@@ -99,19 +103,20 @@ class Comparison:
 
     def admit(self, provider: Provider, mode: Mode) -> tuple[Result, Contestant | None]:
         """Builds the provider and checks its result: a wrong one is not timed."""
+        dtype = DTYPE_NAMES[self.inputs.q.dtype]
         reason = provider.unavailable(mode, self.device)
         if reason is not None:
-            return Result(provider.name, "unavailable", reason), None
+            return Result(provider.name, dtype, "unavailable", reason), None
         try:
             call = provider.make(self.inputs)
             contestant = self.contestant(provider.name, call, mode)
             results = self.results(call, mode)
         except RuntimeError as error:  # a peer that cannot take the shape, or a compiler that gives up
-            return Result(provider.name, "failed", str(error).strip().splitlines()[0]), None
+            return Result(provider.name, dtype, "failed", str(error).strip().splitlines()[0]), None
         reason = correctness.wrong(results, self.truth(provider.ignores_mask), self.mask_of(provider))
         if reason is not None:
-            return Result(provider.name, "wrong", reason), None
-        return Result(provider.name, "ok"), contestant
+            return Result(provider.name, dtype, "wrong", reason), None
+        return Result(provider.name, dtype, "ok"), contestant
 
     def leaves(self, mode: Mode) -> list[Tensor]:
         inputs = self.inputs
@@ -160,7 +165,6 @@ class Comparison:
         if BASE in seconds:
             result.ratio = paired.paired_ratio(seconds, result.provider, BASE)
         result.work = work
-        result.share_of_limit = self.limits.least_seconds(work, self.inputs.q.dtype) / result.time.median
 
     def memory(self, contestant: Contestant) -> int | None:
         state = contestant.prepare()

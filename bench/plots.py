@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 COLORS = {
     "bertops": "#0b6e4f",
@@ -23,6 +24,7 @@ COLORS = {
 }
 TIMES = "\N{MULTIPLICATION SIGN}"
 INK, QUIET = "#1d2733", "#66727f"
+LABEL_POINTS = 10.0
 MIN_LENGTHS = 3  # a curve over fewer says nothing
 MODE_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 STYLE = {
@@ -159,11 +161,13 @@ def lines(title: str, machine: str, curves: Curves) -> Figure:
     figure, grid = plt.subplots(
         rows, columns, figsize=(5 * columns, 3.1 * rows + 0.7), squeeze=False, sharex=True
     )
-    figure.text(0.015, 0.985, title, fontsize=13, fontweight="bold", va="top")
-    figure.text(0.015, 0.955, machine, color=QUIET, va="top")
+    height = figure.get_figheight()
+    figure.text(0.015, 1 - 0.1 / height, title, fontsize=13, fontweight="bold", va="top")
+    figure.text(0.015, 1 - 0.36 / height, machine, color=QUIET, va="top")
     for axes, ((dtype, padding, head_dim), comparisons) in zip(grid.flat, curves.items(), strict=False):
         padded = f", {padding:.0%} padding" if padding else ""
         axes.set_title(f"{dtype}, D{head_dim}{padded}", loc="left", fontsize=10)
+        ends = {}
         for provider, color in COLORS.items():
             points = [
                 (c["case"]["length"], r["time"]["median"] * 1e3)
@@ -172,23 +176,9 @@ def lines(title: str, machine: str, curves: Curves) -> Figure:
                 if r["provider"] == provider and r["status"] == "ok"
             ]
             if points:
-                own = provider.startswith("bertops")
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=color,
-                    linewidth=2.2 if own else 1.3,
-                    marker="o",
-                    markersize=3,
-                )
-                axes.annotate(
-                    provider,
-                    points[-1],
-                    (5, 0),
-                    textcoords="offset points",
-                    va="center",
-                    color=color,
-                    fontsize=8,
-                )
+                width = 2.2 if provider.startswith("bertops") else 1.3
+                axes.plot(*zip(*points, strict=True), color=color, linewidth=width, marker="o", markersize=3)
+                ends[provider] = points[-1]
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         lengths = sorted(c["case"]["length"] for c in comparisons)
@@ -196,7 +186,29 @@ def lines(title: str, machine: str, curves: Curves) -> Figure:
         axes.set_xlim(lengths[0] * 0.9, lengths[-1] * 2.2)
         axes.set_xlabel("length N, tokens constant")
         axes.set_ylabel("time, ms")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        label_ends(axes, ends)
     for axes in list(grid.flat)[len(curves) :]:
         axes.set_visible(False)
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / height))
     return figure
+
+
+def label_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
+    """Names every curve where it ends; names that would overlap move up."""
+    lowest = float("-inf")
+    for provider, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
+        own = axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi  # points
+        place = max(own, lowest + LABEL_POINTS)
+        lowest = place
+        axes.annotate(
+            provider,
+            (x, y),
+            (6, place - own),
+            textcoords="offset points",
+            va="center",
+            color=COLORS[provider],
+            fontsize=8,
+        )

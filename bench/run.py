@@ -32,18 +32,19 @@ class Run:
         self.machine = {**machine(self.device), "load": load(), "commit": commit()}
         self.step: Callable[[str], None] = lambda text: None  # the progress bar's line
         self._options = config.getoption("model"), config.getoption("text")
-        self._limits: limits.Limits | None = None
+        self.limits: limits.Limits | None = None
         self._model: RealModel | None = None
         self._inputs: dict[Case, Inputs] = {}
         self._comparison: Comparison | None = None
         self.results: dict[tuple[str, Case, str], list[Result]] = {}
 
-    @property
-    def limits(self) -> limits.Limits:
-        if self._limits is None:
-            self.step("limits of this machine")
-            self._limits = limits.measure(self.device, QUICK_DTYPES if self.quick else FULL_DTYPES)
-        return self._limits
+    def measure_limits(self) -> None:
+        self.step("limits of this machine")
+        measured = limits.measure(self.device, QUICK_DTYPES if self.quick else FULL_DTYPES)
+        if self.limits is None:
+            self.limits = measured
+        else:
+            self.limits.improve(measured)
 
     @property
     def model(self) -> RealModel:
@@ -63,13 +64,16 @@ class Run:
         if key not in self.results:
             known = self._comparison
             if known is None or (known.op.name, known.case) != (op.name, case):
-                known = self._comparison = Comparison(op, case, self.inputs(case), self.limits)
+                known = self._comparison = Comparison(op, case, self.inputs(case))
+                self.measure_limits()
             budget_s = BUDGET_S["quick" if self.quick else "full"]
             self.results[key] = known.run(mode, budget_s, self.step)
         return next(result for result in self.results[key] if result.provider == provider)
 
     def as_dict(self) -> dict[str, Any]:
         model = self._model
+        if self.limits is None:
+            self.measure_limits()
         return {
             "machine": self.machine,
             "quick": self.quick,
@@ -83,7 +87,7 @@ class Run:
                     "mode": mode,
                     "case": case.as_dict(),
                     "title": self._inputs[case].title,
-                    "results": [result.as_dict() for result in results],
+                    "results": [result.as_dict(self.limits) for result in results],
                 }
                 for (op, case, mode), results in self.results.items()
             ],

@@ -84,7 +84,7 @@ def attention_op(*providers):
 
 def compare(op, mode, padding=0.5):
     case = shapes.Case(24, batch=2, heads=2, head_dim=8, padding=padding)
-    return Comparison(op, case, shapes.random_inputs(case, CPU), LIMITS).run(mode, budget_s=0)
+    return Comparison(op, case, shapes.random_inputs(case, CPU)).run(mode, budget_s=0)
 
 
 def right(name="bertops"):
@@ -128,8 +128,8 @@ def test_a_wrong_result_gets_no_number():
     mine, wrong = compare(attention_op(right(), scaled_by(1.001)), "forward")
     assert mine.status == "ok" and mine.ratio.median == 1.0 and len(mine.seconds) >= 5
     assert wrong.status == "wrong" and "error norm" in wrong.reason
-    assert (wrong.seconds, wrong.ratio, wrong.share_of_limit, wrong.extra_bytes) == ([], None, None, None)
-    row = report.cells(wrong.as_dict())
+    assert (wrong.seconds, wrong.ratio, wrong.work, wrong.extra_bytes) == ([], None, None, None)
+    row = report.cells(wrong.as_dict(LIMITS))
     assert set(row[1:-1]) == {"-"} and row[-1].startswith("wrong")
 
 
@@ -186,10 +186,16 @@ def test_work_counts_real_pairs():
 
 
 def test_least_seconds_is_the_tightest_limit():
-    assert LIMITS.least_seconds(Work(1e9, 0, 0), torch.float32) == pytest.approx(1e-2)
-    assert LIMITS.least_seconds(Work(1e9, 1e8, 0), torch.float32) == pytest.approx(2e-2)
-    assert LIMITS.least_seconds(Work(1e9, 0, 1e9), torch.float32) == pytest.approx(1e-1)
-    assert LIMITS.least_seconds(Work(0, 0, 0), torch.float32) == 1e-6
+    assert LIMITS.least_seconds(Work(1e9, 0, 0), "fp32") == pytest.approx(1e-2)
+    assert LIMITS.least_seconds(Work(1e9, 1e8, 0), "fp32") == pytest.approx(2e-2)
+    assert LIMITS.least_seconds(Work(1e9, 0, 1e9), "fp32") == pytest.approx(1e-1)
+    assert LIMITS.least_seconds(Work(0, 0, 0), "fp32") == 1e-6
+
+
+def test_limits_keep_the_better_measurement():
+    kept = Limits("cpu", 1.0, {"fp32": 5.0}, 3.0, 2.0, {"fp32": "first"})
+    kept.improve(Limits("cpu", 2.0, {"fp32": 6.0}, 1.0, 1.0, {"fp32": "second"}))
+    assert kept == Limits("cpu", 2.0, {"fp32": 6.0}, 3.0, 1.0, {"fp32": "second"})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM")
@@ -220,7 +226,7 @@ def run_data():
                     "mode": "forward",
                     "title": "a title",
                     "case": case | {"length": length},
-                    "results": [result.as_dict(), wrong.as_dict()],
+                    "results": [result.as_dict(LIMITS), wrong.as_dict(LIMITS)],
                 }
                 for length in (8, 16, 24)
             ]
@@ -230,7 +236,7 @@ def run_data():
                     "mode": "both",
                     "title": "another",
                     "case": case,
-                    "results": [result.as_dict(), wrong.as_dict()],
+                    "results": [result.as_dict(LIMITS), wrong.as_dict(LIMITS)],
                 }
             ],
         },
