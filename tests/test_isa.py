@@ -21,14 +21,22 @@ def has(level: str) -> bool:
 
 def run_with(level: str, *command: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "BERTOPS_CPU_ISA": level}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=HERE)
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=HERE
+    )
 
 
 @pytest.mark.parametrize("level", [level for level in LEVELS if has(level)])
 def test_every_instruction_set_matches_the_oracle(level):
     chosen = "test_matches_oracle and not many and (holes or dropout or window or float16 or D7 or D256)"
-    tests = ["test_attention.py", "test_attention_with_scores.py", "test_isa.py::test_half_values_and_rounding"]
-    result = run_with(level, "-m", "pytest", "-p", "no:cacheprovider", *tests, "-k", f"({chosen}) or half_values")
+    tests = [
+        "test_attention.py",
+        "test_attention_with_scores.py",
+        "test_isa.py::test_half_values_and_rounding",
+    ]
+    result = run_with(
+        level, "-m", "pytest", "-p", "no:cacheprovider", *tests, "-k", f"({chosen}) or half_values"
+    )
     assert result.returncode == 0, result.stdout[-3000:]
 
 
@@ -36,7 +44,9 @@ def test_the_instruction_set_can_be_named():
     code = "from bertops import _C; print(_C.cpu_isa)"
     assert run_with("baseline", "-c", code).stdout.strip() == "baseline"
     assert run_with("", "-c", code).stdout.strip() in LEVELS
-    wrong = run_with("sse9", "-c", "import bertops, torch; q = torch.ones(1, 1, 1, 1); bertops.attention(q, q, q)")
+    wrong = run_with(
+        "sse9", "-c", "import bertops, torch; q = torch.ones(1, 1, 1, 1); bertops.attention(q, q, q)"
+    )
     assert "BERTOPS_CPU_ISA" in wrong.stderr and "sse9" in wrong.stderr
 
 

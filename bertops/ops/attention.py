@@ -12,6 +12,9 @@ from bertops.ops._autograd import once_differentiable
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
+# q, k, v, mask, cu_seqlens, window (-1: none), scale, dropout_p, seed: what every implementation takes.
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int, float, float, Tensor | None]
+
 _attention_fwd = torch.ops.bertops.attention_fwd.default
 _attention_bwd = torch.ops.bertops.attention_bwd.default
 
@@ -132,7 +135,7 @@ def prepare(
     window: int | None,
     scale: float | None,
     dropout_p: float,
-) -> tuple:
+) -> Arguments:
     """Checks the arguments of both attention ops and brings them to the form that the kernels take."""
     _checks.check_qkv(q, k, v)
     if mask is not None or cu_seqlens is not None:

@@ -26,8 +26,9 @@ inline Tensor rows_first(const Tensor& like) {
   const int64_t sizes[] = {batch, heads, length, head_dim};
   const int64_t strides[] = {length * heads * head_dim, head_dim, heads * head_dim, 1};
   AtenTensorHandle view;  // without the dispatcher, which costs as much as a small kernel
-  STD_TORCH_CHECK(aoti_torch__reinterpret_tensor(memory.get(), 4, sizes, strides, 0, &view) == AOTI_TORCH_SUCCESS,
-                  "bertops: no view of a new tensor");
+  STD_TORCH_CHECK(
+      aoti_torch__reinterpret_tensor(memory.get(), 4, sizes, strides, 0, &view) == AOTI_TORCH_SUCCESS,
+      "bertops: no view of a new tensor");
   return Tensor(view);
 }
 

@@ -27,7 +27,7 @@ struct Sequence {
 
 struct Attention {
   Heads q, k, v, out;
-  void* lse;  // (B, H, N) contiguous, fp32 or fp64
+  void* lse;     // (B, H, N) contiguous, fp32 or fp64
   Heads scores;  // none: data is null
   int64_t heads, length, head_dim;
   int64_t window;  // -1: none

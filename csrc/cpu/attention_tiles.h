@@ -18,7 +18,8 @@ struct Scratch {
   }
 };
 
-BERTOPS_INLINE int64_t position_offset(const Heads& x, const Sequence& sequence, int64_t head, int64_t position) {
+BERTOPS_INLINE int64_t position_offset(const Heads& x, const Sequence& sequence, int64_t head,
+                                       int64_t position) {
   return sequence.batch * x.batch_stride + head * x.head_stride + (sequence.begin + position) * x.row_stride;
 }
 BERTOPS_INLINE int64_t row_offset(const Heads& x, const Sequence& sequence, int64_t head, int64_t i) {
@@ -30,13 +31,14 @@ template <class T>
 inline void load_rows(const Heads& from, const Sequence& sequence, int64_t head, int64_t first, int64_t last,
                       int64_t head_dim, int64_t width, T scale, T* to) {
   for (int64_t i = first; i < last; ++i, to += width) {
-    load_as(from.dtype, from.data, row_offset(from, sequence, head, i), from.dim_stride, head_dim, width, scale, to);
+    load_as(from.dtype, from.data, row_offset(from, sequence, head, i), from.dim_stride, head_dim, width,
+            scale, to);
   }
 }
 
 template <class T>
-inline void store_head_row(const T* from, T scale, const Heads& to, const Sequence& sequence, int64_t head, int64_t i,
-                           int64_t head_dim) {
+inline void store_head_row(const T* from, T scale, const Heads& to, const Sequence& sequence, int64_t head,
+                           int64_t i, int64_t head_dim) {
   store_as(to.dtype, from, head_dim, scale, to.data, row_offset(to, sequence, head, i));
 }
 
@@ -48,8 +50,8 @@ inline void fill(T* to, int64_t count, T value) {
 // Real rows into panels (count / L, width, L): the rows of a panel side by side, as the broadcast operand of a
 // product over the head dim. `rows` is (L, width) scratch.
 template <class T>
-inline void load_panels(const Heads& from, const Sequence& sequence, int64_t head, int64_t head_dim, int64_t width,
-                        T* rows, T* panels) {
+inline void load_panels(const Heads& from, const Sequence& sequence, int64_t head, int64_t head_dim,
+                        int64_t width, T* rows, T* panels) {
   constexpr int64_t L = kLanes<T>;
   for (int64_t first = 0; first < sequence.count; first += L, panels += width * L) {
     const int64_t last = min_of(first + L, sequence.count);
@@ -69,8 +71,8 @@ inline void to_lanes(T* rows, int64_t count, int64_t width, T* lanes) {
 
 // S (keys, queries) = K Q^T for keys [first, last) of the panels.
 template <class T>
-inline void scores_tile(const T* panels, int64_t first, int64_t last, int64_t head_dim, int64_t width, const T* lanes,
-                        int64_t columns, T* scores) {
+inline void scores_tile(const T* panels, int64_t first, int64_t last, int64_t head_dim, int64_t width,
+                        const T* lanes, int64_t columns, T* scores) {
   constexpr int64_t L = kLanes<T>, R = kTileRows<T>;
   for (int64_t key = first; key < last; key += R, scores += R * kQueryBlock) {
     const T* a = panels + key / L * L * width + key % L;
@@ -80,9 +82,11 @@ inline void scores_tile(const T* panels, int64_t first, int64_t last, int64_t he
 
 // C (width, queries) += A^T S for A (keys, width): the output or dQ of every query, transposed.
 template <class T>
-inline void add_to_lanes(const T* rows, int64_t keys, int64_t width, const T* scores, int64_t columns, T* lanes) {
+inline void add_to_lanes(const T* rows, int64_t keys, int64_t width, const T* scores, int64_t columns,
+                         T* lanes) {
   for (int64_t d = 0; d < width; d += kTileRows<T>) {
-    tile_row<1, true>(columns, keys, rows + d, width, scores, kQueryBlock, lanes + d * kQueryBlock, kQueryBlock);
+    tile_row<1, true>(columns, keys, rows + d, width, scores, kQueryBlock, lanes + d * kQueryBlock,
+                      kQueryBlock);
   }
 }
 
@@ -90,7 +94,8 @@ inline void add_to_lanes(const T* rows, int64_t keys, int64_t width, const T* sc
 template <class T>
 inline void add_to_rows(const T* scores, int64_t keys, int64_t queries, const T* rows, int64_t width, T* to) {
   for (int64_t key = 0; key < keys; key += kTileRows<T>) {
-    tile_row<kQueryBlock, true>(width, queries, scores + key * kQueryBlock, 1, rows, width, to + key * width, width);
+    tile_row<kQueryBlock, true>(width, queries, scores + key * kQueryBlock, 1, rows, width, to + key * width,
+                                width);
   }
 }
 
@@ -111,7 +116,7 @@ inline Range window_of(const Sequence& sequence, int64_t window, int64_t i) {
 // The queries [first, first + count) of a block, with the keys that any of them may see.
 struct QueryBlock {
   int64_t first, count, columns;  // columns: count rounded up to whole vectors
-  Range keys;      // of any of its queries, rounded to whole panels
+  Range keys;                     // of any of its queries, rounded to whole panels
   Range range[kQueryBlock];
 
   inline bool sees_all(int64_t low, int64_t high) const {
@@ -122,7 +127,8 @@ struct QueryBlock {
   }
 };
 template <class T>
-inline void set_block(const Sequence& sequence, int64_t window, int64_t first, int64_t last, QueryBlock& block) {
+inline void set_block(const Sequence& sequence, int64_t window, int64_t first, int64_t last,
+                      QueryBlock& block) {
   block.first = first;
   block.count = min_of(kQueryBlock, last - first);
   block.columns = round_up(block.count, kLanes<T>);
@@ -145,8 +151,8 @@ inline void cut_window(const QueryBlock& block, int64_t first, int64_t last, T v
 
 // Entries of P (keys, queries) that dropout takes become 0; four keys in a row share one Philox call.
 template <class T>
-inline void drop(const Attention& p, const Sequence& sequence, int64_t head, const QueryBlock& block, int64_t first,
-                 int64_t last, T* probs) {
+inline void drop(const Attention& p, const Sequence& sequence, int64_t head, const QueryBlock& block,
+                 int64_t first, int64_t last, T* probs) {
   alignas(64) uint32_t words[4][kQueryBlock];
   int64_t group = -1;
   for (int64_t key = first; key < last; ++key, probs += kQueryBlock) {
@@ -154,7 +160,8 @@ inline void drop(const Attention& p, const Sequence& sequence, int64_t head, con
     if (position / 4 != group) {
       group = position / 4;
       for (int64_t i = 0; i < block.count; ++i) {
-        uint32_t word[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(sequence.position[block.first + i]),
+        uint32_t word[4] = {static_cast<uint32_t>(group),
+                            static_cast<uint32_t>(sequence.position[block.first + i]),
                             static_cast<uint32_t>(head), static_cast<uint32_t>(sequence.identity)};
         philox(p.seed, word);
         for (int w = 0; w < 4; ++w) words[w][i] = word[w];
@@ -180,7 +187,8 @@ inline void store_scores(const Attention& p, const Sequence& sequence, int64_t h
     const int64_t low = max_of(first, block.range[i].low), high = min_of(last, block.range[i].high);
     const int64_t to = row_offset(p.scores, sequence, head, block.first + i) + sequence.begin;
     if (sequence.dense) {
-      if (low < high) store_as(p.scores.dtype, rows + (low - first), high - low, T(1), p.scores.data, to + low);
+      if (low < high)
+        store_as(p.scores.dtype, rows + (low - first), high - low, T(1), p.scores.data, to + low);
     } else {
       for (int64_t key = low; key < high; ++key) {
         store_as(p.scores.dtype, rows + (key - first), 1, T(1), p.scores.data, to + sequence.position[key]);
@@ -191,14 +199,15 @@ inline void store_scores(const Attention& p, const Sequence& sequence, int64_t h
 
 // S (keys, queries) of the upstream gradient of the map; `rows` (kQueryBlock, kKeyBlock) scratch.
 template <class T>
-inline void load_grad_scores(const Attention& p, const Sequence& sequence, int64_t head, const QueryBlock& block,
-                             int64_t first, int64_t last, T* rows, T* scores) {
+inline void load_grad_scores(const Attention& p, const Sequence& sequence, int64_t head,
+                             const QueryBlock& block, int64_t first, int64_t last, T* rows, T* scores) {
   const Heads& from = p.grad_scores;
   fill(rows, kQueryBlock * kKeyBlock, T(0));
   for (int64_t i = 0; i < block.count; ++i) {
     T* row = rows + i * kKeyBlock - first;
     const int64_t low = max_of(first, block.range[i].low), high = min_of(last, block.range[i].high);
-    const int64_t start = row_offset(from, sequence, head, block.first + i) + sequence.begin * from.dim_stride;
+    const int64_t start =
+        row_offset(from, sequence, head, block.first + i) + sequence.begin * from.dim_stride;
     if (sequence.dense && low < high) {
       const int64_t offset = start + low * from.dim_stride;
       load_as(from.dtype, from.data, offset, from.dim_stride, high - low, high - low, T(1), row + low);
@@ -229,7 +238,8 @@ inline void clear_unreal(const Heads& to, const Sequence& sequence, int64_t head
 // One block of keys into the running softmax: S (keys, queries) becomes P relative to the new maximum, and the
 // sums and the outputs so far move to that maximum.
 template <class T>
-inline void softmax_step(int64_t keys, int64_t columns, int64_t width, T* scores, T* maximum, T* sum, T* out) {
+inline void softmax_step(int64_t keys, int64_t columns, int64_t width, T* scores, T* maximum, T* sum,
+                         T* out) {
   constexpr int64_t L = kLanes<T>;
   const T log2e = static_cast<T>(kLog2E);
   for (int64_t column = 0; column < columns; column += L) {
@@ -272,8 +282,8 @@ void attention_forward(const Attention& p, const AttentionTask& task, void* memo
 
   Scratch<T> scratch{static_cast<T*>(memory)};
   T* few_rows = scratch.take(kPadding * width);
-  T* k = scratch.take(rows * width);           // panels
-  T* v = scratch.take(rows * width);           // (keys, width)
+  T* k = scratch.take(rows * width);  // panels
+  T* v = scratch.take(rows * width);  // (keys, width)
   T* block_rows = scratch.take(kQueryBlock * width);
   T* q = scratch.take(kQueryBlock * width);    // (width, queries)
   T* out = scratch.take(kQueryBlock * width);  // (width, queries)
@@ -288,8 +298,8 @@ void attention_forward(const Attention& p, const AttentionTask& task, void* memo
   for (int64_t first = task.first; first < task.last; first += kQueryBlock) {
     set_block<T>(sequence, p.window, first, task.last, block);
     const int64_t columns = block.columns;
-    load_rows(p.q, sequence, task.head, first, first + block.count, p.head_dim, width, static_cast<T>(p.scale),
-                 block_rows);
+    load_rows(p.q, sequence, task.head, first, first + block.count, p.head_dim, width,
+              static_cast<T>(p.scale), block_rows);
     to_lanes(block_rows, block.count, width, q);
     fill(out, width * kQueryBlock, T(0));
     fill(maximum, kQueryBlock, static_cast<T>(-__builtin_inf()));
@@ -336,8 +346,8 @@ inline void probabilities(int64_t keys, int64_t columns, const T* lse, T* scores
 
 // dS = P o (dP - delta) [+ the map's own gradient], into `grads`, which holds dP.
 template <class T>
-inline void score_gradients(int64_t keys, int64_t columns, const T* probs, const T* delta, const T* grad_scores,
-                            T* grads) {
+inline void score_gradients(int64_t keys, int64_t columns, const T* probs, const T* delta,
+                            const T* grad_scores, T* grads) {
   for (int64_t column = 0; column < columns; column += kLanes<T>) {
     const Vec<T> shift = load(delta + column);
     for (int64_t key = 0; key < keys; ++key) {
@@ -377,7 +387,7 @@ void attention_backward(const Attention& p, const AttentionTask& task, void* mem
 
   Scratch<T> scratch{static_cast<T*>(memory)};
   T* few_rows = scratch.take(kPadding * width);
-  T* k = scratch.take(rows * width);         // (keys, width)
+  T* k = scratch.take(rows * width);  // (keys, width)
   T* k_panels = scratch.take(rows * width);
   T* v_panels = scratch.take(rows * width);
   T* dk = task.dk != nullptr ? static_cast<T*>(task.dk) : scratch.take(rows * width);

@@ -11,7 +11,8 @@ constexpr int kTileVectors = 2;
 
 // C (kTileRows, V * lanes) = [C +] A (kTileRows, K) B (K, V * lanes); element (r, k) of A is a[r * kRow + k * a_k].
 template <int kRow, int V, bool kAdd, class T>
-BERTOPS_INLINE void micro_kernel(int64_t K, const T* a, int64_t a_k, const T* b, int64_t b_k, T* c, int64_t c_row) {
+BERTOPS_INLINE void micro_kernel(int64_t K, const T* a, int64_t a_k, const T* b, int64_t b_k, T* c,
+                                 int64_t c_row) {
   constexpr int R = kTileRows<T>, L = kLanes<T>;
   Vec<T> sum[R][V];
 #pragma GCC unroll 16
