@@ -250,12 +250,36 @@ class _WithHead(nn.Module):
                 initialize(module, config)
         return model.eval()
 
+    def forward(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        unpad: bool = False,
+        **outputs: bool,
+    ) -> HeadOutput:
+        """Takes what :meth:`BertModel.forward` takes, and adds ``logits``."""
+        if unpad:
+            refuse_packed(cu_seqlens)
+            return run_unpadded(self, self.config, input_ids, mask, token_type_ids, position_ids, **outputs)
+        encoded = self.encoder(
+            input_ids, mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens, **outputs
+        )
+        return self.predict(encoded, mask, cu_seqlens)
+
+    def predict(self, encoded: EncoderOutput, mask: Tensor | None, cu_seqlens: Tensor | None) -> HeadOutput:
+        raise NotImplementedError
+
 
 class BertForSequenceClassification(_WithHead):
     """An encoder and a classifier over the first token.
 
     BERT: linear, tanh, dropout, linear. RoBERTa: the same after one more dropout. DistilBERT: linear, ReLU,
-    dropout, linear. ``pooler_output`` is what comes out of the activation.
+    dropout, linear. ``pooler_output`` is what comes out of the activation; ``logits`` are
+    (number of sequences, num_labels).
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -269,24 +293,7 @@ class BertForSequenceClassification(_WithHead):
         initialize(self.dense, config)
         initialize(self.classifier, config)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        *,
-        cu_seqlens: Tensor | None = None,
-        unpad: bool = False,
-        **outputs: bool,
-    ) -> HeadOutput:
-        """Takes what :meth:`BertModel.forward` takes; ``logits`` are (number of sequences, num_labels)."""
-        if unpad:
-            refuse_packed(cu_seqlens)
-            return run_unpadded(self, self.config, input_ids, mask, token_type_ids, position_ids, **outputs)
-        encoded = self.encoder(
-            input_ids, mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens, **outputs
-        )
+    def predict(self, encoded: EncoderOutput, mask: Tensor | None, cu_seqlens: Tensor | None) -> HeadOutput:
         first = first_tokens(encoded.last_hidden_state, mask, cu_seqlens)
         if self.config.family == "roberta":
             first = self.dropout(first)
@@ -312,6 +319,8 @@ class MaskedLMHead(nn.Module):
 class BertForMaskedLM(_WithHead):
     """An encoder and a masked language model's head, whose decoder is the word embedding.
 
+    ``logits`` are (B, N, vocab_size).
+
     Where only some rows are wanted, run ``model.encoder`` and
     ``model.head(hidden[rows], model.encoder.embeddings.word.weight)``.
     """
@@ -325,24 +334,7 @@ class BertForMaskedLM(_WithHead):
         self.head = MaskedLMHead(config)
         initialize(self.head, config)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        *,
-        cu_seqlens: Tensor | None = None,
-        unpad: bool = False,
-        **outputs: bool,
-    ) -> HeadOutput:
-        """Takes what :meth:`BertModel.forward` takes; ``logits`` are (B, N, vocab_size)."""
-        if unpad:
-            refuse_packed(cu_seqlens)
-            return run_unpadded(self, self.config, input_ids, mask, token_type_ids, position_ids, **outputs)
-        encoded = self.encoder(
-            input_ids, mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens, **outputs
-        )
+    def predict(self, encoded: EncoderOutput, mask: Tensor | None, cu_seqlens: Tensor | None) -> HeadOutput:
         logits = self.head(encoded.last_hidden_state, self.encoder.embeddings.word.weight)
         return HeadOutput(**vars(encoded), logits=logits)
 

@@ -1,7 +1,7 @@
 """Bidirectional attention without the (N, N) map."""
 
 import math
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,38 +19,6 @@ _attention_fwd = torch.ops.bertops.attention_fwd.default
 _attention_bwd = torch.ops.bertops.attention_bwd.default
 
 
-@overload
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    *,
-    cu_seqlens: Tensor | None = None,
-    window: int | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    return_lse: Literal[False] = False,
-    impl: str = "auto",
-) -> Tensor: ...
-
-
-@overload
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    *,
-    cu_seqlens: Tensor | None = None,
-    window: int | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    return_lse: Literal[True],
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]: ...
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -63,7 +31,7 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     impl: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # Tensor, or (Tensor, Tensor) with return_lse
     r"""Softmax attention between all real tokens of a sequence, in memory linear in N.
 
     With :math:`S = \text{scale} \cdot QK^\top`, :math:`P = \mathrm{softmax}(S)` over the real keys and the
