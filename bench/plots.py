@@ -27,7 +27,7 @@ INK, QUIET = "#1d2733", "#66727f"
 LABEL_POINTS = 10.0
 MIN_LENGTHS = 3  # a curve over fewer says nothing
 MODE_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "text.color": INK,
     "axes.edgecolor": "#cdd4da",

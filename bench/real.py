@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -119,7 +120,7 @@ class RealModel:
         """Q, K, V of the middle layer, strided as the packed projection leaves them."""
         batch = self.batch(case.batch, case.length, case.source == "modules")
         middle = len(self.bert.layers) // 2
-        attention = self.bert.layers[middle].attention
+        attention: Any = self.bert.layers[middle].attention
         captured = []
         handle = attention.qkv.register_forward_hook(lambda module, args, output: captured.append(output))
         with torch.no_grad(), use_impl(self.impl):

@@ -38,13 +38,15 @@ class Run:
         self._comparison: Comparison | None = None
         self.results: dict[tuple[str, Case, str], list[Result]] = {}
 
-    def measure_limits(self) -> None:
+    def measure_limits(self) -> limits.Limits:
+        """The best of all measurements in this run."""
         self.step("limits of this machine")
         measured = limits.measure(self.device, QUICK_DTYPES if self.quick else FULL_DTYPES)
         if self.limits is None:
             self.limits = measured
         else:
             self.limits.improve(measured)
+        return self.limits
 
     @property
     def model(self) -> RealModel:
@@ -72,14 +74,13 @@ class Run:
 
     def as_dict(self) -> dict[str, Any]:
         model = self._model
-        if self.limits is None:
-            self.measure_limits()
+        known = self.limits or self.measure_limits()
         return {
             "machine": self.machine,
             "quick": self.quick,
             "impl": self.impl,
             "model": None if model is None else {"name": model.name, "text": model.text_name, **model.check},
-            "limits": self.limits.as_dict(),
+            "limits": known.as_dict(),
             "memory_method": METHODS[self.device.type],
             "comparisons": [
                 {
@@ -87,7 +88,7 @@ class Run:
                     "mode": mode,
                     "case": case.as_dict(),
                     "title": self._inputs[case].title,
-                    "results": [result.as_dict(self.limits) for result in results],
+                    "results": [result.as_dict(known) for result in results],
                 }
                 for (op, case, mode), results in self.results.items()
             ],

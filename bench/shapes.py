@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import torch
 
-MODES = ("forward", "backward", "both")
 Mode = Literal["forward", "backward", "both"]
+MODES: tuple[Mode, ...] = ("forward", "backward", "both")
 Source = Literal["random", "docstrings", "modules"]
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
