@@ -17,7 +17,7 @@ SLICE_PAIRS = 2**24  # elements of an N x N map in fp64 held at a time
 
 @dataclass(frozen=True)
 class Truth:
-    """Outputs, then gradients: the reference in fp64, and in the inputs' dtype summing in two orders."""
+    """Outputs, then gradients if wanted: the reference in fp64, and in the inputs' dtype in two orders."""
 
     oracle: list[Tensor]
     eagers: list[list[Tensor]]
@@ -27,18 +27,31 @@ class Truth:
 Reference = Callable[..., Sequence[Tensor]]
 
 
+def sample(x: Tensor) -> Tensor:
+    """Two samples and four heads of (B, H, ...): what a quick run checks."""
+    batch, heads = x.shape[:2]
+    return x[:: max(1, batch // 2), :: max(1, heads // 4)]
+
+
 def truth(
-    reference: Reference, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grads: list[Tensor]
+    reference: Reference,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    grads: list[Tensor],
+    gradients: bool,
 ) -> Truth:
     """``reference(q, k, v, mask)`` gives the outputs, ``grads`` are their gradients; runs groups of heads."""
-    oracle = run_in_groups(reference, q, k, v, mask, grads, torch.float64)
-    forwards = run_in_groups(reference, q, k, v, mask, grads, q.dtype)
+    oracle = run_in_groups(reference, q, k, v, mask, grads, gradients, torch.float64)
+    forwards = run_in_groups(reference, q, k, v, mask, grads, gradients, q.dtype)
     out_grad, *others = grads
+    flipped = [out_grad.flip(-1), *others]
     backwards = run_in_groups(
-        reference, q.flip(-1), k.flip(-1), v.flip(-1), mask, [out_grad.flip(-1), *others], q.dtype
+        reference, q.flip(-1), k.flip(-1), v.flip(-1), mask, flipped, gradients, q.dtype
     )
     names = [*["out", "scores"][: len(grads)], "grad q", "grad k", "grad v"]
-    unflipped = [x if name == "scores" else x.flip(-1) for name, x in zip(names, backwards, strict=True)]
+    unflipped = [x if name == "scores" else x.flip(-1) for name, x in zip(names, backwards, strict=False)]
     return Truth(oracle, [forwards, unflipped], names)
 
 
@@ -49,6 +62,7 @@ def run_in_groups(
     v: Tensor,
     mask: Tensor | None,
     grads: list[Tensor],
+    gradients: bool,
     dtype: torch.dtype,
 ) -> list[Tensor]:
     batch, heads, length, _ = q.shape
@@ -58,10 +72,11 @@ def run_in_groups(
         parts = []
         for h in range(0, heads, group):
             here = (slice(b, b + 1), slice(h, h + group))
-            leaves = [x[here].detach().to(dtype).requires_grad_() for x in (q, k, v)]
-            outputs = reference(*leaves, None if mask is None else mask[b : b + 1])
-            gradients = torch.autograd.grad(outputs, leaves, [g[here].to(dtype) for g in grads])
-            parts.append([x.detach() for x in (*outputs, *gradients)])
+            leaves = [x[here].detach().to(dtype).requires_grad_(gradients) for x in (q, k, v)]
+            results = list(reference(*leaves, None if mask is None else mask[b : b + 1]))
+            if gradients:
+                results += torch.autograd.grad(results, leaves, [g[here].to(dtype) for g in grads])
+            parts.append([x.detach() for x in results])
         rows.append([torch.cat(x, 1) for x in zip(*parts, strict=True)])
     return [torch.cat(x, 0) for x in zip(*rows, strict=True)]
 

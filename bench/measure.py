@@ -59,8 +59,10 @@ class Result:
 class Comparison:
     """All modes of one op on one case; the truth is computed once."""
 
-    def __init__(self, op: Op, case: Case, inputs: Inputs) -> None:
+    def __init__(self, op: Op, case: Case, inputs: Inputs, sampled: bool = False) -> None:
+        """``sampled``: results are checked on some samples and heads, not on all."""
         self.op, self.case, self.inputs = op, case, inputs
+        self.checked = correctness.sample if sampled else lambda x: x
         self.device = inputs.q.device
         generator = torch.Generator().manual_seed(1)
         shapes = op.output_shapes(inputs.q)
@@ -68,7 +70,7 @@ class Comparison:
         if inputs.mask is not None:
             self.grads[0] *= inputs.mask[:, None, :, None]  # no loss looks at padding
         torch._dynamo.reset()  # one compiled entry a mode, far from the recompile limit
-        self.truths: dict[bool, correctness.Truth] = {}
+        self.truths: dict[tuple[bool, bool], correctness.Truth] = {}
 
     def run(
         self, mode: Mode, budget_s: float, step: Callable[[str], None] = lambda text: None
@@ -113,7 +115,8 @@ class Comparison:
             results = self.results(call, mode)
         except RuntimeError as error:  # a peer that cannot take the shape, or a compiler that gives up
             return Result(provider.name, dtype, "failed", str(error).strip().splitlines()[0]), None
-        reason = correctness.wrong(results, self.truth(provider.ignores_mask), self.mask_of(provider))
+        results = [self.checked(x) for x in results]
+        reason = correctness.wrong(results, self.truth(provider.ignores_mask, mode), self.mask_of(provider))
         if reason is not None:
             return Result(provider.name, dtype, "wrong", reason), None
         return Result(provider.name, dtype, "ok"), contestant
@@ -140,18 +143,25 @@ class Comparison:
             )
         return Contestant(name, lambda _: torch.autograd.grad(call(*leaves), leaves, grads))
 
-    def truth(self, ignores_mask: bool) -> correctness.Truth:
-        if ignores_mask not in self.truths:
-            inputs = self.inputs
-            mask = None if ignores_mask else inputs.mask
-            with torch.enable_grad():
-                self.truths[ignores_mask] = correctness.truth(
-                    self.op.reference, inputs.q, inputs.k, inputs.v, mask, self.grads
+    def truth(self, ignores_mask: bool, mode: Mode) -> correctness.Truth:
+        gradients = mode != "forward" or self.case.modes != ("forward",)
+        if (ignores_mask, gradients) not in self.truths:
+            q, k, v, *grads = (
+                self.checked(x) for x in (self.inputs.q, self.inputs.k, self.inputs.v, *self.grads)
+            )
+            mask = None if ignores_mask else self.checked_mask()
+            with torch.set_grad_enabled(gradients):
+                self.truths[ignores_mask, gradients] = correctness.truth(
+                    self.op.reference, q, k, v, mask, grads, gradients
                 )
-        return self.truths[ignores_mask]
+        return self.truths[ignores_mask, gradients]
 
     def mask_of(self, provider: Provider) -> Tensor | None:
-        return None if provider.ignores_mask else self.inputs.mask
+        return None if provider.ignores_mask else self.checked_mask()
+
+    def checked_mask(self) -> Tensor | None:
+        mask = self.inputs.mask
+        return None if mask is None else self.checked(mask[:, None])[:, 0]
 
     def works(self, mode: Mode) -> dict[str, Work]:
         unmasked = replace(self.inputs, mask=None)

@@ -66,7 +66,7 @@ class Run:
         if key not in self.results:
             known = self._comparison
             if known is None or (known.op.name, known.case) != (op.name, case):
-                known = self._comparison = Comparison(op, case, self.inputs(case))
+                known = self._comparison = Comparison(op, case, self.inputs(case), sampled=self.quick)
                 self.measure_limits()
             budget_s = BUDGET_S["quick" if self.quick else "full"]
             self.results[key] = known.run(mode, budget_s, self.step)

@@ -169,9 +169,11 @@ def test_truth_in_groups_of_heads_is_the_whole(monkeypatch):
     def forward(q, k, v, mask):
         return reference.attention(q, k, v, mask)[:1]
 
-    whole = correctness.truth(forward, q, k, v, mask, [grad])
+    whole = correctness.truth(forward, q, k, v, mask, [grad], True)
     monkeypatch.setattr(correctness, "SLICE_PAIRS", 4 * 16**2)
-    for a, b in zip(whole.oracle, correctness.truth(forward, q, k, v, mask, [grad]).oracle, strict=True):
+    for a, b in zip(
+        whole.oracle, correctness.truth(forward, q, k, v, mask, [grad], True).oracle, strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
