@@ -1,0 +1,468 @@
+"""Backward of attention in Triton: one kernel for dQ, then one for dK and dV; nothing is added atomically."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bertops._library import rows_first
+from bertops.kernels.launch import launch, prepare_rows, tunable, unit_last_stride
+from bertops.kernels.tiles import (
+    LOG2E,
+    dropout_keep,
+    find_block,
+    load_real,
+    load_rows,
+    packed_pointers,
+    row_pointers,
+    store_rows,
+    visible_range,
+)
+
+
+@triton.jit
+def _visit_keys(
+    dq,  # (BLOCK_M, BLOCK_D) fp32
+    q,  # (BLOCK_M, BLOCK_D)
+    grad_out,  # (BLOCK_M, BLOCK_D)
+    lse,  # (BLOCK_M,), +inf for rows that are not real
+    delta,  # (BLOCK_M,)
+    k_pointers,  # (BLOCK_N, BLOCK_D)
+    k_stride,
+    v_pointers,  # (BLOCK_N, BLOCK_D)
+    v_stride,
+    grad_scores,  # (BLOCK_M, BLOCK_N) pointers at key 0, or None
+    grad_scores_stride,
+    mask,
+    seed,
+    begin,
+    stop,
+    length,
+    first,
+    real,  # (BLOCK_M,) bool
+    sequence,
+    head,
+    scale,
+    window,
+    threshold,
+    kept_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    queries = first + tl.arange(0, BLOCK_M)
+    for key in range(begin, stop, BLOCK_N):
+        key = tl.multiple_of(key, BLOCK_N)
+        keys = key + tl.arange(0, BLOCK_N)
+        step = tl.cast(key, tl.int64)
+        pairs = real[:, None]
+        real_keys = keys < length
+        if CHECK:
+            real_keys = load_real(mask, keys, length)
+            pairs = pairs & real_keys[None, :]
+            if HAS_WINDOW:
+                pairs = pairs & (tl.abs(queries[:, None] - keys[None, :]) <= window)
+        k = load_rows(k_pointers + step * k_stride, real_keys, HEAD_DIM, BLOCK_D, CHECK)
+        v = load_rows(v_pointers + step * v_stride, real_keys, HEAD_DIM, BLOCK_D, CHECK)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        p = tl.exp2((s * scale - lse[:, None]) * LOG2E)
+        if CHECK:
+            p = tl.where(pairs, p, 0.0)
+        dp = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
+        if HAS_DROPOUT:
+            keep = dropout_keep(seed, sequence, head, first, key, threshold, BLOCK_M, BLOCK_N, False)
+            dp = tl.where(keep, dp * kept_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if grad_scores is not None:
+            ds += tl.load(grad_scores + step * grad_scores_stride, mask=pairs, other=0.0).to(tl.float32)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+def attention_bwd_dq_kernel(
+    q,  # (B, H, N, D)
+    k,  # (B, H, N, D)
+    v,  # (B, H, N, D)
+    out,  # (B, H, N, D) over (B, N, H, D) memory
+    grad_out,  # (B, H, N, D)
+    lse,  # (B, H, N) fp32
+    grad_lse,  # (B, H, N) fp32 or None
+    grad_scores,  # (B, H, N, N) or None
+    delta,  # (B, H, N) fp32, written here for the kernel of dK and dV
+    dq,  # (B, H, N, D) over (B, N, H, D) memory
+    q_strides,  # of B, H, N
+    k_strides,
+    v_strides,
+    grad_out_strides,
+    grad_lse_strides,
+    grad_scores_strides,  # of B, H, N, N
+    mask,  # (B, N) bool or None
+    cu_seqlens,  # (num_sequences + 1,) int32 or None
+    seed,  # (1,) int64 or None
+    N,
+    H,
+    num_sequences,
+    scale,
+    window,
+    threshold,  # least word that keeps a probability, as int32 bits
+    kept_scale,  # 1 / (1 - dropout_p)
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+):
+    # delta = rowsum(dO o O) - dlse,  P = exp(S - lse),  dP = Z o (dO V^T)
+    # dS = P o (dP - delta) + dS_given,  dQ = scale * dS K
+    batch, head, sequence, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_M)
+    if mask is not None:
+        mask += tl.cast(batch, tl.int64) * N
+    queries = first + tl.arange(0, BLOCK_M)
+    inside = queries < length
+    real = load_real(mask, queries, length)
+    begin, dense, end = visible_range(mask, length, first, real, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+
+    row = origin + first
+    q_rows = load_rows(
+        row_pointers(q, q_strides, batch, head, row, BLOCK_M, BLOCK_D), real, HEAD_DIM, BLOCK_D, True
+    )
+    grad_rows = load_rows(
+        row_pointers(grad_out, grad_out_strides, batch, head, row, BLOCK_M, BLOCK_D),
+        real,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+    )
+    out_rows = load_rows(
+        packed_pointers(out, N, H, batch, head, row, HEAD_DIM, BLOCK_M, BLOCK_D),
+        real,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+    )
+    stat_rows = (tl.cast(batch, tl.int64) * H + head) * N + row + tl.arange(0, BLOCK_M)
+    row_lse = tl.load(lse + stat_rows, mask=real, other=float("inf"))
+    row_delta = tl.sum(grad_rows.to(tl.float32) * out_rows.to(tl.float32), 1)
+    if grad_lse is not None:
+        base = grad_lse + tl.cast(batch, tl.int64) * grad_lse_strides[0]
+        rows = tl.cast(row, tl.int64) + tl.arange(0, BLOCK_M)
+        offsets = tl.cast(head, tl.int64) * grad_lse_strides[1] + rows * grad_lse_strides[2]
+        row_delta -= tl.load(base + offsets, mask=real, other=0.0)
+    tl.store(delta + stat_rows, row_delta, mask=inside)
+
+    k_pointers = row_pointers(k, k_strides, batch, head, origin, BLOCK_N, BLOCK_D)
+    v_pointers = row_pointers(v, v_strides, batch, head, origin, BLOCK_N, BLOCK_D)
+    grad_scores_pointers = None
+    grad_scores_stride = 0
+    if grad_scores is not None:
+        grad_scores_pointers = pair_pointers(
+            grad_scores, grad_scores_strides, batch, head, row, origin, BLOCK_M, BLOCK_N, False
+        )
+        grad_scores_stride = grad_scores_strides[3]
+    word_seed = 0
+    if HAS_DROPOUT:
+        word_seed = tl.load(seed)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for CHECK in tl.static_range(2):
+        if CHECK or not HAS_WINDOW:
+            acc = _visit_keys(
+                acc,
+                q_rows,
+                grad_rows,
+                row_lse,
+                row_delta,
+                k_pointers,
+                k_strides[2],
+                v_pointers,
+                v_strides[2],
+                grad_scores_pointers,
+                grad_scores_stride,
+                mask,
+                word_seed,
+                dense if CHECK else begin,
+                end if CHECK else dense,
+                length,
+                first,
+                real,
+                sequence,
+                head,
+                tl.cast(scale, tl.float32),
+                window,
+                threshold,
+                tl.cast(kept_scale, tl.float32),
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_M,
+                BLOCK_N,
+                HAS_WINDOW,
+                HAS_DROPOUT,
+                CHECK,
+            )
+    dq_pointers = packed_pointers(dq, N, H, batch, head, row, HEAD_DIM, BLOCK_M, BLOCK_D)
+    store_rows(dq_pointers, acc * tl.cast(scale, tl.float32), inside, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def pair_pointers(
+    x,  # (B, H, N, N)
+    strides,  # of B, H, N, N
+    batch,
+    head,
+    query,
+    key,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):
+    """(BLOCK_M, BLOCK_N) pointers, or the transpose with KEYS_FIRST, to the pairs from (query, key) on."""
+    base = x + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
+    queries = (tl.cast(query, tl.int64) + tl.arange(0, BLOCK_M)) * strides[2]
+    keys = (tl.cast(key, tl.int64) + tl.arange(0, BLOCK_N)) * strides[3]
+    if KEYS_FIRST:
+        pointers = base + queries[None, :] + keys[:, None]
+    else:
+        pointers = base + queries[:, None] + keys[None, :]
+    return pointers
+
+
+@triton.jit
+def _visit_queries(
+    dk,  # (BLOCK_N, BLOCK_D) fp32
+    dv,  # (BLOCK_N, BLOCK_D) fp32
+    k,  # (BLOCK_N, BLOCK_D)
+    v,  # (BLOCK_N, BLOCK_D)
+    q_pointers,  # (BLOCK_M, BLOCK_D)
+    q_stride,
+    grad_out_pointers,  # (BLOCK_M, BLOCK_D)
+    grad_out_stride,
+    lse,  # at the sequence's first row
+    delta,  # at the sequence's first row
+    grad_scores,  # (BLOCK_N, BLOCK_M) pointers at query 0, or None
+    grad_scores_stride,
+    mask,
+    seed,
+    begin,
+    stop,
+    length,
+    first,
+    real,  # (BLOCK_N,) bool
+    sequence,
+    head,
+    scale,
+    window,
+    threshold,
+    kept_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    keys = first + tl.arange(0, BLOCK_N)
+    for query in range(begin, stop, BLOCK_M):
+        query = tl.multiple_of(query, BLOCK_M)
+        queries = query + tl.arange(0, BLOCK_M)
+        step = tl.cast(query, tl.int64)
+        pairs = real[:, None]
+        real_queries = queries < length
+        if CHECK:
+            real_queries = load_real(mask, queries, length)
+            pairs = pairs & real_queries[None, :]
+            if HAS_WINDOW:
+                pairs = pairs & (tl.abs(queries[None, :] - keys[:, None]) <= window)
+            row_lse = tl.load(lse + queries, mask=real_queries, other=float("inf"))
+            row_delta = tl.load(delta + queries, mask=real_queries, other=0.0)
+        else:
+            row_lse = tl.load(lse + queries)
+            row_delta = tl.load(delta + queries)
+        q = load_rows(q_pointers + step * q_stride, real_queries, HEAD_DIM, BLOCK_D, CHECK)
+        do = load_rows(grad_out_pointers + step * grad_out_stride, real_queries, HEAD_DIM, BLOCK_D, CHECK)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
+        p = tl.exp2((s * scale - row_lse[None, :]) * LOG2E)
+        if HAS_WINDOW:
+            p = tl.where(pairs, p, 0.0)
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        kept = p
+        if HAS_DROPOUT:
+            keep = dropout_keep(seed, sequence, head, query, first, threshold, BLOCK_M, BLOCK_N, True)
+            kept = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp * kept_scale, 0.0)
+        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
+        ds = p * (dp - row_delta[None, :])
+        if grad_scores is not None:
+            ds += tl.load(grad_scores + step * grad_scores_stride, mask=pairs, other=0.0).to(tl.float32)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+def attention_bwd_dkv_kernel(
+    q,  # (B, H, N, D)
+    k,  # (B, H, N, D)
+    v,  # (B, H, N, D)
+    grad_out,  # (B, H, N, D)
+    lse,  # (B, H, N) fp32
+    delta,  # (B, H, N) fp32
+    grad_scores,  # (B, H, N, N) or None
+    dk,  # (B, H, N, D) over (B, N, H, D) memory
+    dv,  # (B, H, N, D) over (B, N, H, D) memory
+    q_strides,  # of B, H, N
+    k_strides,
+    v_strides,
+    grad_out_strides,
+    grad_scores_strides,  # of B, H, N, N
+    mask,  # (B, N) bool or None
+    cu_seqlens,  # (num_sequences + 1,) int32 or None
+    seed,  # (1,) int64 or None
+    N,
+    H,
+    num_sequences,
+    scale,
+    window,
+    threshold,  # least word that keeps a probability, as int32 bits
+    kept_scale,  # 1 / (1 - dropout_p)
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+):
+    # dV = (P o Z)^T dO,  dK = scale * dS^T Q,  with P and dS as in the kernel of dQ.
+    # Tiles are (keys, queries), so P^T and dS^T go into the products as they are. Whatever a key that is not
+    # real makes of its own row of them stays in that row, which is not stored.
+    batch, head, sequence, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_N)
+    if mask is not None:
+        mask += tl.cast(batch, tl.int64) * N
+    keys = first + tl.arange(0, BLOCK_N)
+    real = load_real(mask, keys, length)
+    begin, dense, end = visible_range(mask, length, first, real, window, BLOCK_N, BLOCK_M, HAS_WINDOW)
+
+    row = origin + first
+    k_rows = load_rows(
+        row_pointers(k, k_strides, batch, head, row, BLOCK_N, BLOCK_D), real, HEAD_DIM, BLOCK_D, True
+    )
+    v_rows = load_rows(
+        row_pointers(v, v_strides, batch, head, row, BLOCK_N, BLOCK_D), real, HEAD_DIM, BLOCK_D, True
+    )
+    stat_row = (tl.cast(batch, tl.int64) * H + head) * N + origin
+    q_pointers = row_pointers(q, q_strides, batch, head, origin, BLOCK_M, BLOCK_D)
+    grad_out_pointers = row_pointers(grad_out, grad_out_strides, batch, head, origin, BLOCK_M, BLOCK_D)
+    grad_scores_pointers = None
+    grad_scores_stride = 0
+    if grad_scores is not None:
+        grad_scores_pointers = pair_pointers(
+            grad_scores, grad_scores_strides, batch, head, origin, row, BLOCK_M, BLOCK_N, True
+        )
+        grad_scores_stride = grad_scores_strides[2]
+    word_seed = 0
+    if HAS_DROPOUT:
+        word_seed = tl.load(seed)
+
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for CHECK in tl.static_range(2):
+        if CHECK or not HAS_WINDOW:
+            dk_acc, dv_acc = _visit_queries(
+                dk_acc,
+                dv_acc,
+                k_rows,
+                v_rows,
+                q_pointers,
+                q_strides[2],
+                grad_out_pointers,
+                grad_out_strides[2],
+                lse + stat_row,
+                delta + stat_row,
+                grad_scores_pointers,
+                grad_scores_stride,
+                mask,
+                word_seed,
+                dense if CHECK else begin,
+                end if CHECK else dense,
+                length,
+                first,
+                real,
+                sequence,
+                head,
+                tl.cast(scale, tl.float32),
+                window,
+                threshold,
+                tl.cast(kept_scale, tl.float32),
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_M,
+                BLOCK_N,
+                HAS_WINDOW,
+                HAS_DROPOUT,
+                CHECK,
+            )
+    dk_rows = tl.where(real[:, None], dk_acc * tl.cast(scale, tl.float32), 0.0)
+    dv_rows = tl.where(real[:, None], dv_acc * tl.cast(kept_scale, tl.float32), 0.0)
+    dk_pointers = packed_pointers(dk, N, H, batch, head, row, HEAD_DIM, BLOCK_N, BLOCK_D)
+    dv_pointers = packed_pointers(dv, N, H, batch, head, row, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_rows(dk_pointers, dk_rows, keys < length, HEAD_DIM, BLOCK_D)
+    store_rows(dv_pointers, dv_rows, keys < length, HEAD_DIM, BLOCK_D)
+
+
+_dq_kernel = tunable(attention_bwd_dq_kernel)
+_dkv_kernel = tunable(attention_bwd_dkv_kernel)
+
+
+def attention_bwd(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_scores: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk and dv, each (B, H, N, D); ``options`` are those of the forward after ``mask``."""
+    dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
+    if q.numel() == 0:
+        return dq, dk, dv
+    q, k, v, grad_out = (unit_last_stride(x) for x in (q, k, v, grad_out))
+    if out.stride() != dq.stride():
+        out = rows_first(q).copy_(out)
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    strides = tuple(x.stride()[:3] for x in (q, k, v, grad_out))
+    grad_lse_strides = () if grad_lse is None else grad_lse.stride()
+    grad_scores_strides = () if grad_scores is None else grad_scores.stride()
+    rows, flags = prepare_rows(q, mask, *options)
+    suffix = "" if grad_scores is None else "_scores"
+    launch(
+        _dq_kernel,
+        "attention_bwd_dq" + suffix,
+        "BLOCK_M",
+        q,
+        (
+            *(q, k, v, out, grad_out, lse, grad_lse, grad_scores, delta, dq),
+            *(*strides, grad_lse_strides, grad_scores_strides),
+        ),
+        rows,
+        flags,
+    )
+    launch(
+        _dkv_kernel,
+        "attention_bwd_dkv" + suffix,
+        "BLOCK_N",
+        q,
+        (q, k, v, grad_out, lse, delta, grad_scores, dk, dv, *strides, grad_scores_strides),
+        rows,
+        flags,
+    )
+    return dq, dk, dv

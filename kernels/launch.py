@@ -1,0 +1,133 @@
+"""How the Triton kernels are launched: block sizes, arguments, grid.
+
+Block sizes come from the static table in :func:`block_config`. With BERTOPS_AUTOTUNE=1 in the environment the
+first call of every kernel, head dim, dtype and combination of options instead times a list of candidates on its
+own inputs; results may then differ from process to process in the last bits, and the first call may not be
+inside a CUDA-graph capture.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from bertops.reference import dropout_threshold
+
+AUTOTUNE = os.environ.get("BERTOPS_AUTOTUNE") == "1"
+INTERPRETER = 0  # the architecture of tensors on the CPU
+MAX_POSITION = 2**30
+
+
+class BlockConfig(NamedTuple):
+    block_m: int  # queries
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, int]:
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def block_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> BlockConfig:
+    """Block sizes of ``kernel`` on an architecture (80, 90, 100; 0 for the interpreter)."""
+    if arch == INTERPRETER:
+        return BlockConfig(32, 16, 4, 1)
+    return BlockConfig(64, 64, 4, 2)
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    if device.type == "cpu":
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def padded_head_dim(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def tunable(function: Callable) -> Any:
+    """The kernel of ``function``; a new sequence length or batch size does not compile it again."""
+    kernel = triton.jit(
+        function, do_not_specialize=["N", "H", "num_sequences", "scale", "window", "threshold", "kept_scale"]
+    )
+    if not AUTOTUNE:
+        return kernel
+    candidates = [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+        for m in (64, 128)
+        for n in (32, 64, 128)
+        for warps in (4, 8)
+        for stages in (2, 3)
+    ]
+    return triton.autotune(candidates, key=["HEAD_DIM", "HAS_WINDOW", "HAS_DROPOUT"])(kernel)
+
+
+def unit_last_stride(x: Tensor) -> Tensor:
+    """``x`` itself where the kernels can read it in place, a copy otherwise."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def prepare_rows(
+    q: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[tuple, dict[str, Any]]:
+    """What every attention kernel takes after its tensors and strides: arguments from ``mask`` on, and flags."""
+    _, heads, length, head_dim = q.shape
+    if cu_seqlens is not None and cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must hold the ends of {length} packed rows, got {cu_seqlens.shape[0] - 1}")
+    threshold = dropout_threshold(dropout_p)
+    arguments = (
+        None if mask is None else mask.contiguous(),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        seed,
+        length,
+        heads,
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        float(scale),
+        min(window, length),
+        threshold - 2**32 if threshold >= 2**31 else threshold,
+        1 / (1 - dropout_p),
+    )
+    flags = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_head_dim(head_dim),
+        "HAS_WINDOW": window >= 0,
+        "HAS_DROPOUT": dropout_p > 0,
+    }
+    return arguments, flags
+
+
+def launch(
+    kernel: Any, name: str, block: str, q: Tensor, tensors: tuple, rows: tuple, flags: dict[str, Any]
+) -> None:
+    """Runs ``kernel`` with one program for each ``block`` ("BLOCK_M" or "BLOCK_N") of rows and each head.
+
+    ``tensors`` are its own tensors and strides, ``rows`` and ``flags`` come from :func:`prepare_rows`.
+    """
+    batch, heads, length, head_dim = q.shape
+    num_sequences = rows[5]
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        if num_sequences:
+            return (heads * (length // meta[block] + num_sequences),)
+        return (batch * heads * triton.cdiv(length, meta[block]),)
+
+    meta = {} if AUTOTUNE else block_config(name, architecture(q.device), q.dtype, head_dim).meta()
+    with torch.cuda.device_of(q):
+        kernel[grid](*tensors, *rows, **flags, **meta, enable_fp_fusion=True)
