@@ -67,7 +67,7 @@ def torch_extensions():
 
     sources = sorted(["csrc/registration.cpp", *glob("csrc/cpu/*.cpp")])
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("Py_LIMITED_API", "0x030a0000")]
+    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     options = {"include_dirs": [os.path.abspath("csrc")], "py_limited_api": True}
     if use_cuda():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)

@@ -1,0 +1,121 @@
+// Vectors of one instruction set: loads, exp2, block transposes. Included once per instruction set, see
+// foreach_isa.h; has no include guard for that reason.
+namespace bertops::BERTOPS_ISA {
+
+template <class T>
+struct VecTypes {
+  typedef T Vec __attribute__((vector_size(BERTOPS_VEC_BYTES)));
+  typedef T Unaligned __attribute__((vector_size(BERTOPS_VEC_BYTES), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using Vec = typename VecTypes<T>::Vec;
+
+template <class T>
+constexpr int kLanes = BERTOPS_VEC_BYTES / sizeof(T);
+
+template <class T>
+BERTOPS_INLINE Vec<T> load(const T* from) {
+  return *reinterpret_cast<const typename VecTypes<T>::Unaligned*>(from);
+}
+
+template <class T>
+BERTOPS_INLINE void store(T* to, Vec<T> x) {
+  *reinterpret_cast<typename VecTypes<T>::Unaligned*>(to) = x;
+}
+
+template <class T>
+BERTOPS_INLINE Vec<T> broadcast(T x) {
+  return Vec<T>{} + x;
+}
+
+BERTOPS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+BERTOPS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+BERTOPS_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+// 2^x for x up to 127: 0 below -126 (-inf too), NaN for NaN. x = n + r with |r| <= 1/2; 2^r by a polynomial of
+// degree 6 with relative error 2e-9, found by Remez exchange.
+BERTOPS_INLINE Vec<float> exp2(Vec<float> x) {
+  typedef int32_t IntVec __attribute__((vector_size(BERTOPS_VEC_BYTES)));
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  const Vec<float> shifted = x + magic;
+  const Vec<float> r = x - (shifted - magic);
+  Vec<float> p = broadcast(1.53458121613e-4f);
+  p = p * r + 1.33999311772e-3f;
+  p = p * r + 9.61848895633e-3f;
+  p = p * r + 5.55032877711e-2f;
+  p = p * r + 2.40226468906e-1f;
+  p = p * r + 6.93147205737e-1f;
+  p = p * r + 1.f;
+  const IntVec exponent = (reinterpret_cast<IntVec>(shifted) << 23) + (127 << 23);
+  p = p * reinterpret_cast<Vec<float>>(exponent);
+  return x < -126.f ? Vec<float>{} : p;
+}
+
+BERTOPS_INLINE Vec<double> exp2(Vec<double> x) {
+  Vec<double> p;
+  for (int lane = 0; lane < kLanes<double>; ++lane) p[lane] = __builtin_exp2(x[lane]);
+  return p;
+}
+
+template <class T>
+BERTOPS_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+template <int... kLane>
+struct LaneList {};
+template <int kCount, int... kLane>
+struct MakeLanes : MakeLanes<kCount - 1, kCount - 1, kLane...> {};
+template <int... kLane>
+struct MakeLanes<0, kLane...> {
+  typedef LaneList<kLane...> type;
+};
+
+// One butterfly step of a block transpose: where bit kStep of a lane is set, it trades places with the partner row.
+template <int kStep, class T, int... kLane>
+BERTOPS_INLINE void exchange(Vec<T>& a, Vec<T>& b, LaneList<kLane...>) {
+  constexpr int lanes = sizeof...(kLane);
+#ifdef __clang__
+  const Vec<T> low = __builtin_shufflevector(a, b, ((kLane & kStep) ? lanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, ((kLane & kStep) ? lanes + kLane : kLane + kStep)...);
+#else
+  typedef decltype(a == b) Indices;
+  const Vec<T> low = __builtin_shuffle(a, b, Indices{((kLane & kStep) ? lanes + kLane - kStep : kLane)...});
+  b = __builtin_shuffle(a, b, Indices{((kLane & kStep) ? lanes + kLane : kLane + kStep)...});
+#endif
+  a = low;
+}
+
+template <int kStep, class T>
+BERTOPS_INLINE void transpose_steps(Vec<T>* rows) {
+  if constexpr (kStep > 0) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes<T>; ++row) {
+      if (!(row & kStep)) {
+        exchange<kStep, T>(rows[row], rows[row + kStep], typename MakeLanes<kLanes<T>>::type{});
+      }
+    }
+    transpose_steps<kStep / 2, T>(rows);
+  }
+}
+
+// to (C, R) = from (R, C) transposed; R and C multiples of the vector length, both padded by the caller.
+template <class T>
+inline void transpose(const T* from, int64_t from_row, int64_t rows, int64_t columns, T* to, int64_t to_row) {
+  constexpr int L = kLanes<T>;
+  for (int64_t row = 0; row < rows; row += L) {
+    for (int64_t column = 0; column < columns; column += L) {
+      Vec<T> block[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) block[i] = load(from + (row + i) * from_row + column);
+      transpose_steps<L / 2, T>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(to + (column + i) * to_row + row, block[i]);
+    }
+  }
+}
+
+}  // namespace bertops::BERTOPS_ISA
