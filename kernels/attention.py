@@ -1,6 +1,6 @@
-"""Attention in Triton: the forward kernel, with or without the score map, and the launchers of all three ops.
+"""Attention in Triton: the forward kernel, with or without the score map, and its launchers.
 
-The backward kernels are in attention_bwd.py, what the kernels share in tiles.py, block sizes and the environment
+The backward is in attention_bwd.py, what the kernels share in tiles.py, block sizes and the environment
 variable BERTOPS_AUTOTUNE in launch.py.
 """
 
@@ -15,8 +15,8 @@ from bertops._library import rows_first
 from bertops.kernels.attention_bwd import attention_bwd
 from bertops.kernels.launch import launch, prepare_rows, tunable, unit_last_stride
 from bertops.kernels.tiles import (
-    LOG2E,
     dropout_keep,
+    exp_scaled,
     find_block,
     load_real,
     load_rows,
@@ -61,16 +61,16 @@ def _visit_keys(
     HAS_DROPOUT: tl.constexpr,
     CHECK: tl.constexpr,
 ):
+    EXACT: tl.constexpr = q.dtype == tl.float32
     queries = first + tl.arange(0, BLOCK_M)
-    log2_scale = tl.maximum(scale, 1e-30) * LOG2E  # not 0, which would make NaN of the -inf of a masked key
+    slope = tl.maximum(scale, 1e-30)  # 0 would make NaN of a masked key's -inf
     for key in range(begin, stop, BLOCK_N):
         key = tl.multiple_of(key, BLOCK_N)
         keys = key + tl.arange(0, BLOCK_N)
         step = tl.cast(key, tl.int64)
+        real_keys = keys < end
         if CHECK:
             real_keys = load_real(mask, keys, length)
-        else:
-            real_keys = keys < end
         k = load_rows(k_pointers + step * k_stride, real_keys, HEAD_DIM, BLOCK_D, CHECK)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if CHECK:
@@ -83,15 +83,15 @@ def _visit_keys(
                 tl.store(scores_pointers + key, scores, mask=stored)
             s = tl.where(pairs, s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top) * log2_scale
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top) * slope
         else:
             if scores_pointers is not None:
                 scores = tl.where(real[:, None], s * scale, 0.0).to(scores_pointers.dtype.element_ty)
                 tl.store(scores_pointers + key, scores, mask=(queries < length)[:, None])
             new_top = tl.maximum(top, tl.max(s, 1))
-            shift = new_top * log2_scale
-        p = tl.exp2(s * log2_scale - shift[:, None])
-        shrink = tl.exp2(top * log2_scale - shift)
+            shift = new_top * slope
+        p = exp_scaled(s, slope, shift[:, None], EXACT)
+        shrink = exp_scaled(top, slope, shift, EXACT)
         total = total * shrink + tl.sum(p, 1)
         if HAS_DROPOUT:
             keep = dropout_keep(seed, sequence, head, first, key, threshold, BLOCK_M, BLOCK_N, False)
@@ -148,9 +148,9 @@ def attention_fwd_kernel(
     HAS_DROPOUT: tl.constexpr,
 ):
     # S = scale * Q K^T,  P = exp(S - lse),  O = (P o Z) V,  lse = log(sum_j exp(S_ij)).
-    # One block of query rows streams over the keys with the running maximum `top` of Q K^T and the sum `total`;
-    # sum and accumulator shrink when the maximum grows. As the maximum is taken before scaling, a negative
-    # scale moves into q, where negation is exact.
+    # One block of query rows streams over the keys with the running maximum `top` of Q K^T and the sum
+    # `total`; sum and accumulator shrink when the maximum grows. As the maximum is taken before scaling, a
+    # negative scale moves into q, where negation is exact.
     batch, head, sequence, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_M)
     if mask is not None:
         mask += tl.cast(batch, tl.int64) * N

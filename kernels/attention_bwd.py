@@ -10,8 +10,8 @@ from torch import Tensor
 from bertops._library import rows_first
 from bertops.kernels.launch import launch, prepare_rows, tunable, unit_last_stride
 from bertops.kernels.tiles import (
-    LOG2E,
     dropout_keep,
+    exp_scaled,
     find_block,
     load_real,
     load_rows,
@@ -29,6 +29,7 @@ def _visit_keys(
     grad_out,  # (BLOCK_M, BLOCK_D)
     lse,  # (BLOCK_M,), +inf for rows that are not real
     delta,  # (BLOCK_M,)
+    grad_lse,  # (BLOCK_M,) or None
     k_pointers,  # (BLOCK_N, BLOCK_D)
     k_stride,
     v_pointers,  # (BLOCK_N, BLOCK_D)
@@ -56,6 +57,7 @@ def _visit_keys(
     HAS_DROPOUT: tl.constexpr,
     CHECK: tl.constexpr,
 ):
+    EXACT: tl.constexpr = q.dtype == tl.float32
     queries = first + tl.arange(0, BLOCK_M)
     for key in range(begin, stop, BLOCK_N):
         key = tl.multiple_of(key, BLOCK_N)
@@ -71,14 +73,17 @@ def _visit_keys(
         k = load_rows(k_pointers + step * k_stride, real_keys, HEAD_DIM, BLOCK_D, CHECK)
         v = load_rows(v_pointers + step * v_stride, real_keys, HEAD_DIM, BLOCK_D, CHECK)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-        p = tl.exp2((s * scale - lse[:, None]) * LOG2E)
+        p = exp_scaled(s, scale, lse[:, None], EXACT)
         if CHECK:
             p = tl.where(pairs, p, 0.0)
         dp = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
         if HAS_DROPOUT:
             keep = dropout_keep(seed, sequence, head, first, key, threshold, BLOCK_M, BLOCK_N, False)
             dp = tl.where(keep, dp * kept_scale, 0.0)
-        ds = p * (dp - delta[:, None])
+        slope = dp - delta[:, None]
+        if grad_lse is not None:
+            slope += grad_lse[:, None]
+        ds = p * slope
         if grad_scores is not None:
             ds += tl.load(grad_scores + step * grad_scores_stride, mask=pairs, other=0.0).to(tl.float32)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -100,7 +105,6 @@ def attention_bwd_dq_kernel(
     k_strides,
     v_strides,
     grad_out_strides,
-    grad_lse_strides,
     grad_scores_strides,  # of B, H, N, N
     mask,  # (B, N) bool or None
     cu_seqlens,  # (num_sequences + 1,) int32 or None
@@ -119,8 +123,9 @@ def attention_bwd_dq_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
-    # delta = rowsum(dO o O) - dlse,  P = exp(S - lse),  dP = Z o (dO V^T)
-    # dS = P o (dP - delta) + dS_given,  dQ = scale * dS K
+    # P = exp(S - lse),  dP = Z o (dO V^T),  delta = rowsum(dO o O) = rowsum(P o dP)
+    # dS = P o (dP - delta + dlse) + dS_given,  dQ = scale * dS K
+    # dlse is not folded into delta: where dP - delta cancels, it would be rounded to delta's size.
     batch, head, sequence, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_M)
     if mask is not None:
         mask += tl.cast(batch, tl.int64) * N
@@ -149,13 +154,17 @@ def attention_bwd_dq_kernel(
     )
     stat_rows = (tl.cast(batch, tl.int64) * H + head) * N + row + tl.arange(0, BLOCK_M)
     row_lse = tl.load(lse + stat_rows, mask=real, other=float("inf"))
-    row_delta = tl.sum(grad_rows.to(tl.float32) * out_rows.to(tl.float32), 1)
-    if grad_lse is not None:
-        base = grad_lse + tl.cast(batch, tl.int64) * grad_lse_strides[0]
-        rows = tl.cast(row, tl.int64) + tl.arange(0, BLOCK_M)
-        offsets = tl.cast(head, tl.int64) * grad_lse_strides[1] + rows * grad_lse_strides[2]
-        row_delta -= tl.load(base + offsets, mask=real, other=0.0)
+    if q.dtype.element_ty == tl.float32:
+        # Summed in the order of dP = dO V^T: where one key has all the weight, dP - delta is 0, not rounding.
+        square = tl.dot(grad_rows, tl.trans(out_rows), input_precision="ieee")
+        diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
+        row_delta = tl.sum(tl.where(diagonal, square, 0.0), 1)
+    else:
+        row_delta = tl.sum(grad_rows.to(tl.float32) * out_rows.to(tl.float32), 1)
     tl.store(delta + stat_rows, row_delta, mask=inside)
+    row_grad_lse = None
+    if grad_lse is not None:
+        row_grad_lse = tl.load(grad_lse + stat_rows, mask=real, other=0.0)
 
     k_pointers = row_pointers(k, k_strides, batch, head, origin, BLOCK_N, BLOCK_D)
     v_pointers = row_pointers(v, v_strides, batch, head, origin, BLOCK_N, BLOCK_D)
@@ -179,6 +188,7 @@ def attention_bwd_dq_kernel(
                 grad_rows,
                 row_lse,
                 row_delta,
+                row_grad_lse,
                 k_pointers,
                 k_strides[2],
                 v_pointers,
@@ -245,6 +255,7 @@ def _visit_queries(
     grad_out_stride,
     lse,  # at the sequence's first row
     delta,  # at the sequence's first row
+    grad_lse,  # at the sequence's first row, or None
     grad_scores,  # (BLOCK_N, BLOCK_M) pointers at query 0, or None
     grad_scores_stride,
     mask,
@@ -268,6 +279,7 @@ def _visit_queries(
     HAS_DROPOUT: tl.constexpr,
     CHECK: tl.constexpr,
 ):
+    EXACT: tl.constexpr = k.dtype == tl.float32
     keys = first + tl.arange(0, BLOCK_N)
     for query in range(begin, stop, BLOCK_M):
         query = tl.multiple_of(query, BLOCK_M)
@@ -282,23 +294,35 @@ def _visit_queries(
                 pairs = pairs & (tl.abs(queries[None, :] - keys[:, None]) <= window)
             row_lse = tl.load(lse + queries, mask=real_queries, other=float("inf"))
             row_delta = tl.load(delta + queries, mask=real_queries, other=0.0)
+            if grad_lse is not None:
+                row_grad_lse = tl.load(grad_lse + queries, mask=real_queries, other=0.0)
         else:
             row_lse = tl.load(lse + queries)
             row_delta = tl.load(delta + queries)
+            if grad_lse is not None:
+                row_grad_lse = tl.load(grad_lse + queries)
         q = load_rows(q_pointers + step * q_stride, real_queries, HEAD_DIM, BLOCK_D, CHECK)
         do = load_rows(grad_out_pointers + step * grad_out_stride, real_queries, HEAD_DIM, BLOCK_D, CHECK)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
-        p = tl.exp2((s * scale - row_lse[None, :]) * LOG2E)
+        if EXACT:
+            # in the forward's order of summation, so that P agrees with lse to the last bit
+            s = tl.trans(tl.dot(q, tl.trans(k), input_precision="ieee"))  # (BLOCK_N, BLOCK_M)
+            dp = tl.trans(tl.dot(do, tl.trans(v), input_precision="ieee"))
+        else:
+            s = tl.dot(k, tl.trans(q))
+            dp = tl.dot(v, tl.trans(do))
+        p = exp_scaled(s, scale, row_lse[None, :], EXACT)
         if HAS_WINDOW:
             p = tl.where(pairs, p, 0.0)
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         kept = p
         if HAS_DROPOUT:
             keep = dropout_keep(seed, sequence, head, query, first, threshold, BLOCK_M, BLOCK_N, True)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * kept_scale, 0.0)
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
-        ds = p * (dp - row_delta[None, :])
+        slope = dp - row_delta[None, :]
+        if grad_lse is not None:
+            slope += row_grad_lse[None, :]
+        ds = p * slope
         if grad_scores is not None:
             ds += tl.load(grad_scores + step * grad_scores_stride, mask=pairs, other=0.0).to(tl.float32)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -312,6 +336,7 @@ def attention_bwd_dkv_kernel(
     grad_out,  # (B, H, N, D)
     lse,  # (B, H, N) fp32
     delta,  # (B, H, N) fp32
+    grad_lse,  # (B, H, N) fp32 or None
     grad_scores,  # (B, H, N, N) or None
     dk,  # (B, H, N, D) over (B, N, H, D) memory
     dv,  # (B, H, N, D) over (B, N, H, D) memory
@@ -383,6 +408,7 @@ def attention_bwd_dkv_kernel(
                 grad_out_strides[2],
                 lse + stat_row,
                 delta + stat_row,
+                grad_lse if grad_lse is None else grad_lse + stat_row,
                 grad_scores_pointers,
                 grad_scores_stride,
                 mask,
@@ -438,9 +464,9 @@ def attention_bwd(
     if out.stride() != dq.stride():
         out = rows_first(q).copy_(out)
     lse = lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     delta = torch.empty_like(lse)
     strides = tuple(x.stride()[:3] for x in (q, k, v, grad_out))
-    grad_lse_strides = () if grad_lse is None else grad_lse.stride()
     grad_scores_strides = () if grad_scores is None else grad_scores.stride()
     rows, flags = prepare_rows(q, mask, *options)
     suffix = "" if grad_scores is None else "_scores"
@@ -451,7 +477,7 @@ def attention_bwd(
         q,
         (
             *(q, k, v, out, grad_out, lse, grad_lse, grad_scores, delta, dq),
-            *(*strides, grad_lse_strides, grad_scores_strides),
+            *(*strides, grad_scores_strides),
         ),
         rows,
         flags,
@@ -461,7 +487,7 @@ def attention_bwd(
         "attention_bwd_dkv" + suffix,
         "BLOCK_N",
         q,
-        (q, k, v, grad_out, lse, delta, grad_scores, dk, dv, *strides, grad_scores_strides),
+        (q, k, v, grad_out, lse, delta, grad_lse, grad_scores, dk, dv, *strides, grad_scores_strides),
         rows,
         flags,
     )

@@ -1,9 +1,9 @@
 """How the Triton kernels are launched: block sizes, arguments, grid.
 
 Block sizes come from the static table in :func:`block_config`. With BERTOPS_AUTOTUNE=1 in the environment the
-first call of every kernel, head dim, dtype and combination of options instead times a list of candidates on its
-own inputs; results may then differ from process to process in the last bits, and the first call may not be
-inside a CUDA-graph capture.
+first call of every kernel, head dim, dtype and combination of options instead times a list of candidates on
+its own inputs; results may then differ from process to process in the last bits, and the first call may not
+be inside a CUDA-graph capture.
 """
 
 import os
@@ -19,7 +19,6 @@ from bertops.reference import dropout_threshold
 
 AUTOTUNE = os.environ.get("BERTOPS_AUTOTUNE") == "1"
 INTERPRETER = 0  # the architecture of tensors on the CPU
-MAX_POSITION = 2**30
 
 
 class BlockConfig(NamedTuple):
@@ -37,11 +36,43 @@ class BlockConfig(NamedTuple):
         }
 
 
-def block_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> BlockConfig:
+# By kernel, for padded head dims up to 64, 128 and 256: none of them spills registers (tests/offline_triton.py).
+_HALF = {
+    "attention_fwd": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "attention_with_scores_fwd": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+    "attention_bwd_dq": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
+    "attention_bwd_dkv": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "attention_bwd_dq_scores": ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "attention_bwd_dkv_scores": ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+}
+# Dropout's random words take registers too.
+_HALF_DROPOUT = {
+    **_HALF,
+    "attention_fwd": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "attention_bwd_dkv": ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    "attention_bwd_dq_scores": ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    "attention_bwd_dkv_scores": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+}
+# fp32 products keep to the FMA units and hold whole rows in registers.
+_FP32 = {
+    "attention_fwd": ((64, 64, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+    "attention_with_scores_fwd": ((64, 64, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+    "attention_bwd_dq": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+    "attention_bwd_dkv": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+    "attention_bwd_dq_scores": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+    "attention_bwd_dkv_scores": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+}
+
+
+def block_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, dropout: bool) -> BlockConfig:
     """Block sizes of ``kernel`` on an architecture (80, 90, 100; 0 for the interpreter)."""
     if arch == INTERPRETER:
-        return BlockConfig(32, 16, 4, 1)
-    return BlockConfig(64, 64, 4, 2)
+        return BlockConfig(16, 32, 4, 1)
+    if dtype == torch.float32:
+        table = _FP32
+    else:
+        table = _HALF_DROPOUT if dropout else _HALF
+    return BlockConfig(*table[kernel][0 if head_dim <= 64 else 1 if head_dim <= 128 else 2])
 
 
 @cache
@@ -87,10 +118,12 @@ def prepare_rows(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[tuple, dict[str, Any]]:
-    """What every attention kernel takes after its tensors and strides: arguments from ``mask`` on, and flags."""
+    """What every attention kernel takes after its tensors: the arguments from ``mask`` on, and its flags."""
     _, heads, length, head_dim = q.shape
     if cu_seqlens is not None and cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must hold the ends of {length} packed rows, got {cu_seqlens.shape[0] - 1}")
+        raise ValueError(
+            f"cu_seqlens must hold the ends of {length} packed rows, got {cu_seqlens.shape[0] - 1}"
+        )
     threshold = dropout_threshold(dropout_p)
     arguments = (
         None if mask is None else mask.contiguous(),
@@ -128,6 +161,10 @@ def launch(
             return (heads * (length // meta[block] + num_sequences),)
         return (batch * heads * triton.cdiv(length, meta[block]),)
 
-    meta = {} if AUTOTUNE else block_config(name, architecture(q.device), q.dtype, head_dim).meta()
+    meta = (
+        {}
+        if AUTOTUNE
+        else block_config(name, architecture(q.device), q.dtype, head_dim, flags["HAS_DROPOUT"]).meta()
+    )
     with torch.cuda.device_of(q):
         kernel[grid](*tensors, *rows, **flags, **meta, enable_fp_fusion=True)

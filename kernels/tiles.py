@@ -6,7 +6,9 @@ Positions are local to the sequence: a row of the batch, or one of the sequences
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2_HIGH = tl.constexpr(0.693359375)  # nine bits of ln 2: its product with a small integer is exact
+_LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
 _SEARCH = tl.constexpr(256)
 _SCAN = tl.constexpr(1024)
 
@@ -22,7 +24,7 @@ def find_block(
     """Which rows this program owns.
 
     Returns batch, head, sequence (the dropout counter's), origin (the sequence's first row on the N axis),
-    length of the sequence and first (the block's first row in it). All within bounds whatever cu_seqlens says.
+    length of the sequence and first (the block's first row in it); within bounds whatever cu_seqlens says.
     """
     program = tl.program_id(0)
     if cu_seqlens is None:
@@ -105,9 +107,8 @@ def visible_range(
     begin = tl.where(any_real, begin // BLOCK * BLOCK, 0)
     end = tl.where(any_real, end, 0)
     if HAS_WINDOW:
-        dense = begin
-    else:
-        dense = tl.where(count == end - begin, end // BLOCK * BLOCK, begin)
+        count = -1
+    dense = tl.where(count == end - begin, end // BLOCK * BLOCK, begin)
     return begin, dense, end
 
 
@@ -179,6 +180,25 @@ def store_rows(
     if HEAD_DIM != BLOCK_D:
         stored = stored & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def exp_scaled(
+    s,  # fp32
+    scale,
+    shift,  # fp32
+    EXACT: tl.constexpr,
+):
+    """exp(scale * s - shift): to about 1 ulp of fp32 with EXACT, to what bf16 and fp16 can tell without."""
+    if EXACT:
+        x = s * scale - shift
+        x = tl.where(x < -150.0, -150.0, x)  # exp is 0 from there, and -inf - -inf would be NaN below
+        n = tl.floor(x * _LOG2E + 0.5)
+        rest = x - n * _LN2_HIGH - n * _LN2_LOW
+        p = tl.exp2(rest * _LOG2E) * tl.exp2(n)
+    else:
+        p = tl.exp2(s * (scale * _LOG2E) - shift * _LOG2E)
+    return p
 
 
 @triton.jit
