@@ -13,15 +13,15 @@ from torch import Tensor
 
 from bertops._library import rows_first
 from bertops.kernels.attention_bwd import attention_bwd
-from bertops.kernels.launch import launch, prepare_rows, tunable, unit_last_stride
+from bertops.kernels.launch import in_place, launch, prepare_rows, tunable
 from bertops.kernels.tiles import (
     dropout_keep,
     exp_scaled,
     find_block,
+    first_packed_row,
+    first_row,
     load_real,
     load_rows,
-    packed_pointers,
-    row_pointers,
     store_rows,
     visible_range,
 )
@@ -35,11 +35,12 @@ def _visit_keys(
     top,  # (BLOCK_M,) fp32: largest s so far
     total,  # (BLOCK_M,) fp32: sum of exp(scale * (s - top))
     q,  # (BLOCK_M, BLOCK_D), negated where scale is negative
-    k_pointers,  # (BLOCK_N, BLOCK_D)
+    k,  # at the sequence's first row
     k_stride,
-    v_pointers,  # (BLOCK_N, BLOCK_D)
+    v,  # at the sequence's first row
     v_stride,
-    scores_pointers,  # (BLOCK_M, BLOCK_N) at key 0, or None
+    scores,  # at the block's first query and key 0, or None
+    scores_stride,
     mask,
     seed,
     begin,
@@ -63,6 +64,7 @@ def _visit_keys(
 ):
     EXACT: tl.constexpr = q.dtype == tl.float32
     queries = first + tl.arange(0, BLOCK_M)
+    tile_offsets = tl.arange(0, BLOCK_M)[:, None] * scores_stride + tl.arange(0, BLOCK_N)[None, :]
     slope = tl.maximum(scale, 1e-30)  # 0 would make NaN of a masked key's -inf
     for key in range(begin, stop, BLOCK_N):
         key = tl.multiple_of(key, BLOCK_N)
@@ -71,23 +73,23 @@ def _visit_keys(
         real_keys = keys < end
         if CHECK:
             real_keys = load_real(mask, keys, length)
-        k = load_rows(k_pointers + step * k_stride, real_keys, HEAD_DIM, BLOCK_D, CHECK)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        k_rows = load_rows(k + step * k_stride, k_stride, real_keys, HEAD_DIM, BLOCK_D, BLOCK_N, CHECK)
+        s = tl.dot(q, tl.trans(k_rows), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if CHECK:
             pairs = real[:, None] & real_keys[None, :]
             if HAS_WINDOW:
                 pairs = pairs & (tl.abs(queries[:, None] - keys[None, :]) <= window)
-            if scores_pointers is not None:
-                scores = tl.where(pairs, s * scale, 0.0).to(scores_pointers.dtype.element_ty)
+            if scores is not None:
+                tile = tl.where(pairs, s * scale, 0.0).to(scores.dtype.element_ty)
                 stored = (queries < length)[:, None] & (keys < end)[None, :]
-                tl.store(scores_pointers + key, scores, mask=stored)
+                tl.store(scores + step + tile_offsets, tile, mask=stored)
             s = tl.where(pairs, s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
             shift = tl.where(new_top == float("-inf"), 0.0, new_top) * slope
         else:
-            if scores_pointers is not None:
-                scores = tl.where(real[:, None], s * scale, 0.0).to(scores_pointers.dtype.element_ty)
-                tl.store(scores_pointers + key, scores, mask=(queries < length)[:, None])
+            if scores is not None:
+                tile = tl.where(real[:, None], s * scale, 0.0).to(scores.dtype.element_ty)
+                tl.store(scores + step + tile_offsets, tile, mask=(queries < length)[:, None])
             new_top = tl.maximum(top, tl.max(s, 1))
             shift = new_top * slope
         p = exp_scaled(s, slope, shift[:, None], EXACT)
@@ -96,27 +98,29 @@ def _visit_keys(
         if HAS_DROPOUT:
             keep = dropout_keep(seed, sequence, head, first, key, threshold, BLOCK_M, BLOCK_N, False)
             p = tl.where(keep, p, 0.0)
-        v = load_rows(v_pointers + step * v_stride, real_keys, HEAD_DIM, BLOCK_D, CHECK)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        v_rows = load_rows(v + step * v_stride, v_stride, real_keys, HEAD_DIM, BLOCK_D, BLOCK_N, CHECK)
+        acc = tl.dot(p.to(v_rows.dtype), v_rows, acc * shrink[:, None], input_precision="ieee")
         top = new_top
     return acc, top, total
 
 
 @triton.jit
 def _zero_scores(
-    pointers,  # (BLOCK_M, BLOCK_N) at column 0
+    scores,  # at the block's first row and column 0
+    scores_stride,
     inside,  # (BLOCK_M,) bool
     begin,
     end,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    zeros = tl.zeros([BLOCK_M, BLOCK_N], pointers.dtype.element_ty)
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], scores.dtype.element_ty)
+    rows = tl.arange(0, BLOCK_M)[:, None] * scores_stride
     for column in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
         column = tl.multiple_of(column, BLOCK_N)
         columns = column + tl.arange(0, BLOCK_N)
         inner = (columns >= begin) & (columns < end)
-        tl.store(pointers + column, zeros, mask=inside[:, None] & inner[None, :])
+        tl.store(scores + rows + columns[None, :], zeros, mask=inside[:, None] & inner[None, :])
 
 
 def attention_fwd_kernel(
@@ -162,19 +166,15 @@ def attention_fwd_kernel(
     scale = tl.cast(scale, tl.float32)
     row = origin + first
     q_rows = load_rows(
-        row_pointers(q, q_strides, batch, head, row, BLOCK_M, BLOCK_D), real, HEAD_DIM, BLOCK_D, True
+        first_row(q, q_strides, batch, head, row), q_strides[2], real, HEAD_DIM, BLOCK_D, BLOCK_M, True
     )
     q_rows = tl.where(scale < 0, -q_rows, q_rows)
-    k_pointers = row_pointers(k, k_strides, batch, head, origin, BLOCK_N, BLOCK_D)
-    v_pointers = row_pointers(v, v_strides, batch, head, origin, BLOCK_N, BLOCK_D)
     lse_row = (tl.cast(batch, tl.int64) * H + head) * N + row
-    scores_pointers = None
     if scores is not None:
-        rows = lse_row + tl.arange(0, BLOCK_M)
-        scores_pointers = scores + rows[:, None] * scores_stride + tl.arange(0, BLOCK_N)[None, :]
-        _zero_scores(scores_pointers, inside, 0, origin + begin, BLOCK_M, BLOCK_N)
-        _zero_scores(scores_pointers, inside, origin + end, N, BLOCK_M, BLOCK_N)
-        scores_pointers += origin
+        scores += lse_row * scores_stride
+        _zero_scores(scores, scores_stride, inside, 0, origin + begin, BLOCK_M, BLOCK_N)
+        _zero_scores(scores, scores_stride, inside, origin + end, N, BLOCK_M, BLOCK_N)
+        scores += origin
     word_seed = 0
     if HAS_DROPOUT:
         word_seed = tl.load(seed)
@@ -189,11 +189,12 @@ def attention_fwd_kernel(
                 top,
                 total,
                 q_rows,
-                k_pointers,
+                first_row(k, k_strides, batch, head, origin),
                 k_strides[2],
-                v_pointers,
+                first_row(v, v_strides, batch, head, origin),
                 v_strides[2],
-                scores_pointers,
+                scores,
+                scores_stride,
                 mask,
                 word_seed,
                 dense if CHECK else begin,
@@ -220,8 +221,9 @@ def attention_fwd_kernel(
     acc = acc / total[:, None]
     if HAS_DROPOUT:
         acc = acc * tl.cast(kept_scale, tl.float32)
-    out_pointers = packed_pointers(out, N, H, batch, head, row, HEAD_DIM, BLOCK_M, BLOCK_D)
-    store_rows(out_pointers, tl.where(real[:, None], acc, 0.0), inside, HEAD_DIM, BLOCK_D)
+    acc = tl.where(real[:, None], acc, 0.0)
+    out = first_packed_row(out, N, H, batch, head, row, HEAD_DIM)
+    store_rows(out, H * HEAD_DIM, acc, inside, HEAD_DIM, BLOCK_D, BLOCK_M)
     row_lse = tl.where(real, top * tl.abs(scale) + tl.log(total), float("-inf"))
     tl.store(lse + lse_row + tl.arange(0, BLOCK_M), row_lse, mask=inside)
 
@@ -267,7 +269,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     out, lse = rows_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel() > 0:
-        q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
+        q, k, v = in_place(q), in_place(k), in_place(v)
         name = "attention_fwd" if scores is None else "attention_with_scores_fwd"
         strides = q.stride()[:3], k.stride()[:3], v.stride()[:3], q.shape[2]
         rows, flags = prepare_rows(q, mask, *options)

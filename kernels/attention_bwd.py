@@ -8,18 +8,31 @@ import triton.language as tl
 from torch import Tensor
 
 from bertops._library import rows_first
-from bertops.kernels.launch import launch, prepare_rows, tunable, unit_last_stride
+from bertops.kernels.launch import in_place, launch, near_strides, prepare_rows, tunable
 from bertops.kernels.tiles import (
     dropout_keep,
     exp_scaled,
     find_block,
+    first_packed_row,
+    first_row,
     load_real,
     load_rows,
-    packed_pointers,
-    row_pointers,
     store_rows,
     visible_range,
 )
+
+
+@triton.jit
+def first_pair(
+    x,  # (B, H, N, N)
+    strides,  # of B, H, N, N
+    batch,
+    head,
+    query,
+    key,
+):
+    """Pointer to a pair; products of strides are 64 bits wide here, and those inside a tile fit into 32."""
+    return first_row(x, strides, batch, head, query) + tl.cast(key, tl.int64) * strides[3]
 
 
 @triton.jit
@@ -30,12 +43,12 @@ def _visit_keys(
     lse,  # (BLOCK_M,), +inf for rows that are not real
     delta,  # (BLOCK_M,)
     grad_lse,  # (BLOCK_M,) or None
-    k_pointers,  # (BLOCK_N, BLOCK_D)
+    k,  # at the sequence's first row
     k_stride,
-    v_pointers,  # (BLOCK_N, BLOCK_D)
+    v,  # at the sequence's first row
     v_stride,
-    grad_scores,  # (BLOCK_M, BLOCK_N) pointers at key 0, or None
-    grad_scores_stride,
+    grad_scores,  # at the block's first query and key 0, or None
+    grad_scores_strides,
     mask,
     seed,
     begin,
@@ -59,6 +72,9 @@ def _visit_keys(
 ):
     EXACT: tl.constexpr = q.dtype == tl.float32
     queries = first + tl.arange(0, BLOCK_M)
+    if grad_scores is not None:
+        rows = tl.arange(0, BLOCK_M)[:, None] * grad_scores_strides[2]
+        tile_offsets = rows + tl.arange(0, BLOCK_N)[None, :] * grad_scores_strides[3]
     for key in range(begin, stop, BLOCK_N):
         key = tl.multiple_of(key, BLOCK_N)
         keys = key + tl.arange(0, BLOCK_N)
@@ -70,13 +86,13 @@ def _visit_keys(
             pairs = pairs & real_keys[None, :]
             if HAS_WINDOW:
                 pairs = pairs & (tl.abs(queries[:, None] - keys[None, :]) <= window)
-        k = load_rows(k_pointers + step * k_stride, real_keys, HEAD_DIM, BLOCK_D, CHECK)
-        v = load_rows(v_pointers + step * v_stride, real_keys, HEAD_DIM, BLOCK_D, CHECK)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        k_rows = load_rows(k + step * k_stride, k_stride, real_keys, HEAD_DIM, BLOCK_D, BLOCK_N, CHECK)
+        v_rows = load_rows(v + step * v_stride, v_stride, real_keys, HEAD_DIM, BLOCK_D, BLOCK_N, CHECK)
+        s = tl.dot(q, tl.trans(k_rows), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         p = exp_scaled(s, scale, lse[:, None], EXACT)
         if CHECK:
             p = tl.where(pairs, p, 0.0)
-        dp = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
+        dp = tl.dot(grad_out, tl.trans(v_rows), input_precision="ieee")
         if HAS_DROPOUT:
             keep = dropout_keep(seed, sequence, head, first, key, threshold, BLOCK_M, BLOCK_N, False)
             dp = tl.where(keep, dp * kept_scale, 0.0)
@@ -85,8 +101,9 @@ def _visit_keys(
             slope += grad_lse[:, None]
         ds = p * slope
         if grad_scores is not None:
-            ds += tl.load(grad_scores + step * grad_scores_stride, mask=pairs, other=0.0).to(tl.float32)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            tile = grad_scores + step * grad_scores_strides[3] + tile_offsets
+            ds += tl.load(tile, mask=pairs, other=0.0).to(tl.float32)
+        dq = tl.dot(ds.to(k_rows.dtype), k_rows, dq, input_precision="ieee")
     return dq
 
 
@@ -136,22 +153,12 @@ def attention_bwd_dq_kernel(
 
     row = origin + first
     q_rows = load_rows(
-        row_pointers(q, q_strides, batch, head, row, BLOCK_M, BLOCK_D), real, HEAD_DIM, BLOCK_D, True
+        first_row(q, q_strides, batch, head, row), q_strides[2], real, HEAD_DIM, BLOCK_D, BLOCK_M, True
     )
-    grad_rows = load_rows(
-        row_pointers(grad_out, grad_out_strides, batch, head, row, BLOCK_M, BLOCK_D),
-        real,
-        HEAD_DIM,
-        BLOCK_D,
-        True,
-    )
-    out_rows = load_rows(
-        packed_pointers(out, N, H, batch, head, row, HEAD_DIM, BLOCK_M, BLOCK_D),
-        real,
-        HEAD_DIM,
-        BLOCK_D,
-        True,
-    )
+    grad_out = first_row(grad_out, grad_out_strides, batch, head, row)
+    grad_rows = load_rows(grad_out, grad_out_strides[2], real, HEAD_DIM, BLOCK_D, BLOCK_M, True)
+    out = first_packed_row(out, N, H, batch, head, row, HEAD_DIM)
+    out_rows = load_rows(out, H * HEAD_DIM, real, HEAD_DIM, BLOCK_D, BLOCK_M, True)
     stat_rows = (tl.cast(batch, tl.int64) * H + head) * N + row + tl.arange(0, BLOCK_M)
     row_lse = tl.load(lse + stat_rows, mask=real, other=float("inf"))
     if q.dtype.element_ty == tl.float32:
@@ -166,15 +173,8 @@ def attention_bwd_dq_kernel(
     if grad_lse is not None:
         row_grad_lse = tl.load(grad_lse + stat_rows, mask=real, other=0.0)
 
-    k_pointers = row_pointers(k, k_strides, batch, head, origin, BLOCK_N, BLOCK_D)
-    v_pointers = row_pointers(v, v_strides, batch, head, origin, BLOCK_N, BLOCK_D)
-    grad_scores_pointers = None
-    grad_scores_stride = 0
     if grad_scores is not None:
-        grad_scores_pointers = pair_pointers(
-            grad_scores, grad_scores_strides, batch, head, row, origin, BLOCK_M, BLOCK_N, False
-        )
-        grad_scores_stride = grad_scores_strides[3]
+        grad_scores = first_pair(grad_scores, grad_scores_strides, batch, head, row, origin)
     word_seed = 0
     if HAS_DROPOUT:
         word_seed = tl.load(seed)
@@ -189,12 +189,12 @@ def attention_bwd_dq_kernel(
                 row_lse,
                 row_delta,
                 row_grad_lse,
-                k_pointers,
+                first_row(k, k_strides, batch, head, origin),
                 k_strides[2],
-                v_pointers,
+                first_row(v, v_strides, batch, head, origin),
                 v_strides[2],
-                grad_scores_pointers,
-                grad_scores_stride,
+                grad_scores,
+                grad_scores_strides,
                 mask,
                 word_seed,
                 dense if CHECK else begin,
@@ -216,31 +216,8 @@ def attention_bwd_dq_kernel(
                 HAS_DROPOUT,
                 CHECK,
             )
-    dq_pointers = packed_pointers(dq, N, H, batch, head, row, HEAD_DIM, BLOCK_M, BLOCK_D)
-    store_rows(dq_pointers, acc * tl.cast(scale, tl.float32), inside, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def pair_pointers(
-    x,  # (B, H, N, N)
-    strides,  # of B, H, N, N
-    batch,
-    head,
-    query,
-    key,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    KEYS_FIRST: tl.constexpr,
-):
-    """(BLOCK_M, BLOCK_N) pointers, or the transpose with KEYS_FIRST, to the pairs from (query, key) on."""
-    base = x + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
-    queries = (tl.cast(query, tl.int64) + tl.arange(0, BLOCK_M)) * strides[2]
-    keys = (tl.cast(key, tl.int64) + tl.arange(0, BLOCK_N)) * strides[3]
-    if KEYS_FIRST:
-        pointers = base + queries[None, :] + keys[:, None]
-    else:
-        pointers = base + queries[:, None] + keys[None, :]
-    return pointers
+    dq = first_packed_row(dq, N, H, batch, head, row, HEAD_DIM)
+    store_rows(dq, H * HEAD_DIM, acc * tl.cast(scale, tl.float32), inside, HEAD_DIM, BLOCK_D, BLOCK_M)
 
 
 @triton.jit
@@ -249,15 +226,15 @@ def _visit_queries(
     dv,  # (BLOCK_N, BLOCK_D) fp32
     k,  # (BLOCK_N, BLOCK_D)
     v,  # (BLOCK_N, BLOCK_D)
-    q_pointers,  # (BLOCK_M, BLOCK_D)
+    q,  # at the sequence's first row
     q_stride,
-    grad_out_pointers,  # (BLOCK_M, BLOCK_D)
+    grad_out,  # at the sequence's first row
     grad_out_stride,
     lse,  # at the sequence's first row
     delta,  # at the sequence's first row
     grad_lse,  # at the sequence's first row, or None
-    grad_scores,  # (BLOCK_N, BLOCK_M) pointers at query 0, or None
-    grad_scores_stride,
+    grad_scores,  # at query 0 and the block's first key, or None
+    grad_scores_strides,
     mask,
     seed,
     begin,
@@ -281,6 +258,9 @@ def _visit_queries(
 ):
     EXACT: tl.constexpr = k.dtype == tl.float32
     keys = first + tl.arange(0, BLOCK_N)
+    if grad_scores is not None:
+        columns = tl.arange(0, BLOCK_N)[:, None] * grad_scores_strides[3]
+        tile_offsets = columns + tl.arange(0, BLOCK_M)[None, :] * grad_scores_strides[2]
     for query in range(begin, stop, BLOCK_M):
         query = tl.multiple_of(query, BLOCK_M)
         queries = query + tl.arange(0, BLOCK_M)
@@ -301,15 +281,23 @@ def _visit_queries(
             row_delta = tl.load(delta + queries)
             if grad_lse is not None:
                 row_grad_lse = tl.load(grad_lse + queries)
-        q = load_rows(q_pointers + step * q_stride, real_queries, HEAD_DIM, BLOCK_D, CHECK)
-        do = load_rows(grad_out_pointers + step * grad_out_stride, real_queries, HEAD_DIM, BLOCK_D, CHECK)
+        q_rows = load_rows(q + step * q_stride, q_stride, real_queries, HEAD_DIM, BLOCK_D, BLOCK_M, CHECK)
+        do_rows = load_rows(
+            grad_out + step * grad_out_stride,
+            grad_out_stride,
+            real_queries,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_M,
+            CHECK,
+        )
         if EXACT:
             # in the forward's order of summation, so that P agrees with lse to the last bit
-            s = tl.trans(tl.dot(q, tl.trans(k), input_precision="ieee"))  # (BLOCK_N, BLOCK_M)
-            dp = tl.trans(tl.dot(do, tl.trans(v), input_precision="ieee"))
+            s = tl.trans(tl.dot(q_rows, tl.trans(k), input_precision="ieee"))  # (BLOCK_N, BLOCK_M)
+            dp = tl.trans(tl.dot(do_rows, tl.trans(v), input_precision="ieee"))
         else:
-            s = tl.dot(k, tl.trans(q))
-            dp = tl.dot(v, tl.trans(do))
+            s = tl.dot(k, tl.trans(q_rows))
+            dp = tl.dot(v, tl.trans(do_rows))
         p = exp_scaled(s, scale, row_lse[None, :], EXACT)
         if HAS_WINDOW:
             p = tl.where(pairs, p, 0.0)
@@ -318,14 +306,15 @@ def _visit_queries(
             keep = dropout_keep(seed, sequence, head, query, first, threshold, BLOCK_M, BLOCK_N, True)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * kept_scale, 0.0)
-        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
+        dv = tl.dot(kept.to(do_rows.dtype), do_rows, dv, input_precision="ieee")
         slope = dp - row_delta[None, :]
         if grad_lse is not None:
             slope += row_grad_lse[None, :]
         ds = p * slope
         if grad_scores is not None:
-            ds += tl.load(grad_scores + step * grad_scores_stride, mask=pairs, other=0.0).to(tl.float32)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            tile = grad_scores + step * grad_scores_strides[2] + tile_offsets
+            ds += tl.load(tile, mask=pairs, other=0.0).to(tl.float32)
+        dk = tl.dot(ds.to(q_rows.dtype), q_rows, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -374,21 +363,14 @@ def attention_bwd_dkv_kernel(
 
     row = origin + first
     k_rows = load_rows(
-        row_pointers(k, k_strides, batch, head, row, BLOCK_N, BLOCK_D), real, HEAD_DIM, BLOCK_D, True
+        first_row(k, k_strides, batch, head, row), k_strides[2], real, HEAD_DIM, BLOCK_D, BLOCK_N, True
     )
     v_rows = load_rows(
-        row_pointers(v, v_strides, batch, head, row, BLOCK_N, BLOCK_D), real, HEAD_DIM, BLOCK_D, True
+        first_row(v, v_strides, batch, head, row), v_strides[2], real, HEAD_DIM, BLOCK_D, BLOCK_N, True
     )
     stat_row = (tl.cast(batch, tl.int64) * H + head) * N + origin
-    q_pointers = row_pointers(q, q_strides, batch, head, origin, BLOCK_M, BLOCK_D)
-    grad_out_pointers = row_pointers(grad_out, grad_out_strides, batch, head, origin, BLOCK_M, BLOCK_D)
-    grad_scores_pointers = None
-    grad_scores_stride = 0
     if grad_scores is not None:
-        grad_scores_pointers = pair_pointers(
-            grad_scores, grad_scores_strides, batch, head, origin, row, BLOCK_M, BLOCK_N, True
-        )
-        grad_scores_stride = grad_scores_strides[2]
+        grad_scores = first_pair(grad_scores, grad_scores_strides, batch, head, origin, row)
     word_seed = 0
     if HAS_DROPOUT:
         word_seed = tl.load(seed)
@@ -402,15 +384,15 @@ def attention_bwd_dkv_kernel(
                 dv_acc,
                 k_rows,
                 v_rows,
-                q_pointers,
+                first_row(q, q_strides, batch, head, origin),
                 q_strides[2],
-                grad_out_pointers,
+                first_row(grad_out, grad_out_strides, batch, head, origin),
                 grad_out_strides[2],
                 lse + stat_row,
                 delta + stat_row,
                 grad_lse if grad_lse is None else grad_lse + stat_row,
-                grad_scores_pointers,
-                grad_scores_stride,
+                grad_scores,
+                grad_scores_strides,
                 mask,
                 word_seed,
                 dense if CHECK else begin,
@@ -434,10 +416,10 @@ def attention_bwd_dkv_kernel(
             )
     dk_rows = tl.where(real[:, None], dk_acc * tl.cast(scale, tl.float32), 0.0)
     dv_rows = tl.where(real[:, None], dv_acc * tl.cast(kept_scale, tl.float32), 0.0)
-    dk_pointers = packed_pointers(dk, N, H, batch, head, row, HEAD_DIM, BLOCK_N, BLOCK_D)
-    dv_pointers = packed_pointers(dv, N, H, batch, head, row, HEAD_DIM, BLOCK_N, BLOCK_D)
-    store_rows(dk_pointers, dk_rows, keys < length, HEAD_DIM, BLOCK_D)
-    store_rows(dv_pointers, dv_rows, keys < length, HEAD_DIM, BLOCK_D)
+    dk = first_packed_row(dk, N, H, batch, head, row, HEAD_DIM)
+    dv = first_packed_row(dv, N, H, batch, head, row, HEAD_DIM)
+    store_rows(dk, H * HEAD_DIM, dk_rows, keys < length, HEAD_DIM, BLOCK_D, BLOCK_N)
+    store_rows(dv, H * HEAD_DIM, dv_rows, keys < length, HEAD_DIM, BLOCK_D, BLOCK_N)
 
 
 _dq_kernel = tunable(attention_bwd_dq_kernel)
@@ -460,10 +442,11 @@ def attention_bwd(
     dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
     if q.numel() == 0:
         return dq, dk, dv
-    q, k, v, grad_out = (unit_last_stride(x) for x in (q, k, v, grad_out))
+    q, k, v, grad_out = (in_place(x) for x in (q, k, v, grad_out))
     if out.stride() != dq.stride():
         out = rows_first(q).copy_(out)
     lse = lse.contiguous()
+    grad_scores = None if grad_scores is None else near_strides(grad_scores)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     delta = torch.empty_like(lse)
     strides = tuple(x.stride()[:3] for x in (q, k, v, grad_out))

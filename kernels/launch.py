@@ -19,6 +19,7 @@ from bertops.reference import dropout_threshold
 
 AUTOTUNE = os.environ.get("BERTOPS_AUTOTUNE") == "1"
 INTERPRETER = 0  # the architecture of tensors on the CPU
+MAX_TILE_STRIDE = 2**23  # a tile has up to 128 rows
 
 
 class BlockConfig(NamedTuple):
@@ -36,7 +37,7 @@ class BlockConfig(NamedTuple):
         }
 
 
-# By kernel, for padded head dims up to 64, 128 and 256: none of them spills registers (tests/offline_triton.py).
+# By kernel, for padded head dims up to 64, 128 and 256; see tests/offline_triton.py for what they compile to.
 _HALF = {
     "attention_fwd": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     "attention_with_scores_fwd": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
@@ -68,10 +69,8 @@ def block_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, drop
     """Block sizes of ``kernel`` on an architecture (80, 90, 100; 0 for the interpreter)."""
     if arch == INTERPRETER:
         return BlockConfig(16, 32, 4, 1)
-    if dtype == torch.float32:
-        table = _FP32
-    else:
-        table = _HALF_DROPOUT if dropout else _HALF
+    half = _HALF_DROPOUT if dropout else _HALF
+    table = _FP32 if dtype == torch.float32 else half
     return BlockConfig(*table[kernel][0 if head_dim <= 64 else 1 if head_dim <= 128 else 2])
 
 
@@ -104,9 +103,14 @@ def tunable(function: Callable) -> Any:
     return triton.autotune(candidates, key=["HEAD_DIM", "HAS_WINDOW", "HAS_DROPOUT"])(kernel)
 
 
-def unit_last_stride(x: Tensor) -> Tensor:
-    """``x`` itself where the kernels can read it in place, a copy otherwise."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def near_strides(x: Tensor) -> Tensor:
+    """``x`` itself, or a copy where offsets inside a tile of (B, H, N, ...) would not fit into 32 bits."""
+    return x if max(x.stride()[2:]) < MAX_TILE_STRIDE else x.contiguous()
+
+
+def in_place(x: Tensor) -> Tensor:
+    """``x`` (B, H, N, D) itself where the kernels can read it where it lies, a copy otherwise."""
+    return near_strides(x) if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def prepare_rows(

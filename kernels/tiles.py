@@ -113,45 +113,24 @@ def visible_range(
 
 
 @triton.jit
-def load_rows(
-    pointers,  # (BLOCK, BLOCK_D)
-    real,  # (BLOCK,) bool, not looked at unless CHECK
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHECK: tl.constexpr,
-):
-    """(BLOCK, BLOCK_D): rows that are not real, and dims from HEAD_DIM on, come as 0 and are not read."""
-    dims = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
-    if CHECK:
-        if HEAD_DIM == BLOCK_D:
-            rows = tl.load(pointers, mask=real[:, None], other=0.0)
-        else:
-            rows = tl.load(pointers, mask=real[:, None] & dims, other=0.0)
-    elif HEAD_DIM == BLOCK_D:
-        rows = tl.load(pointers)
-    else:
-        rows = tl.load(pointers, mask=dims, other=0.0)
-    return rows
-
-
-@triton.jit
-def row_pointers(
+def first_row(
     x,  # (B, H, N, D), last stride 1
     strides,  # of B, H, N
     batch,
     head,
     row,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
-    """(BLOCK, BLOCK_D) pointers to the rows from ``row`` on; every product of a stride is 64 bits wide."""
-    base = x + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
-    rows = tl.cast(row, tl.int64) + tl.arange(0, BLOCK)
-    return base + rows[:, None] * strides[2] + tl.arange(0, BLOCK_D)[None, :]
+    """Pointer to a row; products of strides are 64 bits wide here, and those inside a tile fit into 32."""
+    return (
+        x
+        + tl.cast(batch, tl.int64) * strides[0]
+        + tl.cast(head, tl.int64) * strides[1]
+        + tl.cast(row, tl.int64) * strides[2]
+    )
 
 
 @triton.jit
-def packed_pointers(
+def first_packed_row(
     x,  # (B, H, N, D) over contiguous (B, N, H, D) memory
     N,
     H,
@@ -159,27 +138,52 @@ def packed_pointers(
     head,
     row,
     HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
-    """(BLOCK, BLOCK_D) pointers into a tensor of the layout that the kernels allocate."""
-    rows = tl.cast(batch, tl.int64) * N + row + tl.arange(0, BLOCK)
+    """Pointer to a row of a tensor of the layout that the launchers allocate."""
+    return x + ((tl.cast(batch, tl.int64) * N + row) * H + head) * HEAD_DIM
+
+
+@triton.jit
+def load_rows(
+    x,  # pointer to the first row
+    stride,  # of a row
+    real,  # (BLOCK,) bool, not looked at unless CHECK
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """(BLOCK, BLOCK_D): rows that are not real, and dims from HEAD_DIM on, come as 0 and are not read."""
     dims = tl.arange(0, BLOCK_D)
-    return x + (rows[:, None] * H + head) * HEAD_DIM + dims[None, :]
+    pointers = x + tl.arange(0, BLOCK)[:, None] * stride + dims[None, :]
+    if CHECK:
+        if HEAD_DIM == BLOCK_D:
+            rows = tl.load(pointers, mask=real[:, None], other=0.0)
+        else:
+            rows = tl.load(pointers, mask=real[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM == BLOCK_D:
+        rows = tl.load(pointers)
+    else:
+        rows = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    return rows
 
 
 @triton.jit
 def store_rows(
-    pointers,  # (BLOCK, BLOCK_D)
+    x,  # pointer to the first row
+    stride,  # of a row
     values,  # (BLOCK, BLOCK_D) fp32
     inside,  # (BLOCK,) bool
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
+    dims = tl.arange(0, BLOCK_D)
     stored = inside[:, None]
     if HEAD_DIM != BLOCK_D:
-        stored = stored & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
-    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=stored)
+        stored = stored & (dims < HEAD_DIM)[None, :]
+    pointers = x + tl.arange(0, BLOCK)[:, None] * stride + dims[None, :]
+    tl.store(pointers, values.to(x.dtype.element_ty), mask=stored)
 
 
 @triton.jit
