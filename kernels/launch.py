@@ -37,41 +37,74 @@ class BlockConfig(NamedTuple):
         }
 
 
-# By kernel, for padded head dims up to 64, 128 and 256; see tests/offline_triton.py for what they compile to.
-_HALF = {
-    "attention_fwd": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-    "attention_with_scores_fwd": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+# By kernel, for head dims up to 64, 128 and 256; tests/offline_triton.py shows what they compile to.
+_SM80 = {
+    "attention_fwd": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    "attention_with_scores_fwd": ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    "attention_bwd_dq": ((128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    "attention_bwd_dkv": ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    "attention_bwd_dq_scores": ((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
+    "attention_bwd_dkv_scores": ((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+}
+_SM90 = {
+    "attention_fwd": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "attention_with_scores_fwd": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
     "attention_bwd_dq": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
-    "attention_bwd_dkv": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-    "attention_bwd_dq_scores": ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "attention_bwd_dkv": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)),
+    "attention_bwd_dq_scores": ((64, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
     "attention_bwd_dkv_scores": ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
 }
-# Dropout's random words take registers too.
-_HALF_DROPOUT = {
-    **_HALF,
+# Blackwell's tensor cores take no fewer than 64 rows.
+_SM100 = {
     "attention_fwd": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-    "attention_bwd_dkv": ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
-    "attention_bwd_dq_scores": ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
-    "attention_bwd_dkv_scores": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    "attention_with_scores_fwd": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+    "attention_bwd_dq": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+    "attention_bwd_dkv": ((64, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1)),
+    "attention_bwd_dq_scores": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+    "attention_bwd_dkv_scores": ((64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1)),
 }
-# fp32 products keep to the FMA units and hold whole rows in registers.
+# Dropout's random words take registers too: what replaces the entries above for head dims up to 128.
+_DROPOUT = {
+    80: {
+        "attention_with_scores_fwd": ((128, 32, 8, 2), (32, 32, 4, 2)),
+    },
+    90: {
+        "attention_with_scores_fwd": ((128, 64, 8, 2), (64, 64, 8, 2)),
+        "attention_bwd_dkv": ((32, 64, 4, 2), (32, 64, 8, 2)),
+        "attention_bwd_dq_scores": ((64, 32, 8, 2), (64, 32, 8, 2)),
+        "attention_bwd_dkv_scores": ((32, 64, 8, 2), (32, 32, 8, 1)),
+    },
+    100: {
+        "attention_with_scores_fwd": ((128, 64, 8, 2), (64, 64, 8, 2)),
+        "attention_bwd_dkv": ((32, 64, 4, 2), (32, 64, 8, 2)),
+        "attention_bwd_dq_scores": ((64, 32, 8, 2), (64, 32, 8, 2)),
+        "attention_bwd_dkv_scores": ((32, 64, 8, 2), (32, 64, 8, 2)),
+    },
+}
+# fp32 products stay on the FMA units and hold whole rows in registers.
 _FP32 = {
-    "attention_fwd": ((64, 64, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
-    "attention_with_scores_fwd": ((64, 64, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
-    "attention_bwd_dq": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
-    "attention_bwd_dkv": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
-    "attention_bwd_dq_scores": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
-    "attention_bwd_dkv_scores": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+    "attention_fwd": ((64, 64, 8, 1), (32, 16, 8, 1), (16, 16, 4, 1)),
+    "attention_with_scores_fwd": ((64, 64, 8, 1), (32, 16, 8, 1), (16, 16, 4, 1)),
+    "attention_bwd_dq": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    "attention_bwd_dkv": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+    "attention_bwd_dq_scores": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    "attention_bwd_dkv_scores": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
 }
 
 
 def block_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, dropout: bool) -> BlockConfig:
-    """Block sizes of ``kernel`` on an architecture (80, 90, 100; 0 for the interpreter)."""
+    """Block sizes of ``kernel`` on an architecture: 10 * major + minor, or 0 for the interpreter."""
     if arch == INTERPRETER:
         return BlockConfig(16, 32, 4, 1)
-    half = _HALF_DROPOUT if dropout else _HALF
-    table = _FP32 if dtype == torch.float32 else half
-    return BlockConfig(*table[kernel][0 if head_dim <= 64 else 1 if head_dim <= 128 else 2])
+    column = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
+    if dtype == torch.float32:
+        return BlockConfig(*_FP32[kernel][column])
+    family = (
+        90 if arch == 90 else 100 if 100 <= arch < 120 else 80
+    )  # 120 has neither's tensor cores nor memory
+    if dropout and column < 2 and kernel in _DROPOUT[family]:
+        return BlockConfig(*_DROPOUT[family][kernel][column])
+    return BlockConfig(*{80: _SM80, 90: _SM90, 100: _SM100}[family][kernel][column])
 
 
 @cache

@@ -8,6 +8,7 @@ chip's, where a half-precision kernel has no tensor-core instruction, or spills 
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -70,19 +71,22 @@ class Result(NamedTuple):
         return found
 
 
-def tasks() -> list[Task]:
-    """bf16 everywhere with a mask, the other options and dtypes where the code differs."""
-    chosen = []
-    for kernel in KERNELS:
-        for arch in ARCHS:
-            for head_dim in HEAD_DIMS:
-                chosen.append(Task(kernel, arch, torch.bfloat16, head_dim, "mask"))
-            chosen += [Task(kernel, arch, torch.bfloat16, 64, o) for o in OPTIONS if o != "mask"]
-            chosen.append(Task(kernel, arch, torch.float16, 64, "mask"))
-            chosen.append(Task(kernel, arch, torch.bfloat16, 128, "mask+dropout"))
-        chosen += [Task(kernel, 90, torch.float32, head_dim, "mask") for head_dim in HEAD_DIMS]
-        chosen += [Task(kernel, arch, torch.float32, 64, "mask") for arch in (80, 100)]
-    return chosen
+def tasks(every: bool) -> list[Task]:
+    """All combinations, or those that differ: every option on sm_90, what takes most registers elsewhere."""
+    combinations = itertools.product(KERNELS, ARCHS, DTYPES, HEAD_DIMS, OPTIONS)
+    chosen = [Task(*combination) for combination in combinations]
+    return chosen if every else [task for task in chosen if is_default(task)]
+
+
+def is_default(task: Task) -> bool:
+    if task.dtype != torch.bfloat16:
+        head_dims = (64,) if task.dtype == torch.float16 else (64, 128)
+        return task.arch == 90 and task.options == "mask" and task.head_dim in head_dims
+    if task.options == "mask":
+        return task.arch == 90 or task.head_dim >= 64
+    if task.options == "mask+dropout":
+        return task.head_dim in (64, 128)
+    return task.head_dim == 64 and (task.arch == 90 or task.options == "packed+window")
 
 
 def task_blocks(task: Task) -> BlockConfig:
@@ -162,11 +166,12 @@ def main() -> int:
     parser.add_argument("--arch", type=int, choices=ARCHS)
     parser.add_argument("--kernel", choices=KERNELS)
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS)
+    parser.add_argument("--all", action="store_true", help="every dtype, head dim and option on every chip")
     parser.add_argument("--jobs", type=int, default=2)
     wanted = parser.parse_args()
     chosen = [
         task
-        for task in tasks()
+        for task in tasks(wanted.all)
         if wanted.arch in (None, task.arch)
         and wanted.kernel in (None, task.kernel)
         and wanted.head_dim in (None, task.head_dim)
@@ -180,16 +185,16 @@ def main() -> int:
             config = task_blocks(task)
             failed += bool(found)
             print(
-                f"{task.kernel:26} sm_{task.arch:<3}{DTYPES[task.dtype]:>5} {task.head_dim:3} {task.options:14} "
+                f"{task.kernel:26} sm_{task.arch:<3}{DTYPES[task.dtype]:>5} {task.head_dim:3} "
+                f"{task.options:14} "
                 f"{config.block_m:4} x {config.block_n:<4} {config.num_warps} {config.num_stages} "
                 f"{result.registers:4} {result.stack:5} {result.shared:7} {result.seconds:5.1f} "
                 f"{'; '.join(found)}",
                 flush=True,
             )
             print(f"\r{done}/{len(chosen)}", end="\r", file=sys.stderr)
-    print(
-        f"triton {triton.__version__}: {len(chosen)} compiled in {time.perf_counter() - start:.0f} s, {failed} failed"
-    )
+    seconds = time.perf_counter() - start
+    print(f"triton {triton.__version__}: {len(chosen)} compiled in {seconds:.0f} s, {failed} failed")
     return failed > 0
 
 
