@@ -1,0 +1,202 @@
+"""Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU and looks at what came out.
+
+    python tests/offline_triton.py [--arch 90] [--kernel attention_fwd] [--head-dim 64]
+
+For each kernel, architecture, dtype, head dim and combination of options, with the block sizes that a launch
+would take: registers, stack (spilled) bytes and shared memory. Exits with 1 where shared memory exceeds the
+chip's, where a half-precision kernel has no tensor-core instruction, or spills at a head dim up to 128.
+"""
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bertops.kernels import attention, attention_bwd
+from bertops.kernels.launch import BlockConfig, block_config, padded_head_dim
+
+KERNELS = {
+    "attention_fwd": attention._kernel,
+    "attention_with_scores_fwd": attention._kernel,
+    "attention_bwd_dq": attention_bwd._dq_kernel,
+    "attention_bwd_dkv": attention_bwd._dkv_kernel,
+    "attention_bwd_dq_scores": attention_bwd._dq_kernel,
+    "attention_bwd_dkv_scores": attention_bwd._dkv_kernel,
+}
+ARCHS = (80, 90, 100)
+HEAD_DIMS = (16, 32, 64, 128, 256)
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+OPTIONS = ("plain", "mask", "mask+dropout", "packed+window", "mask+lse")
+SHARED_KB = {80: 163, 90: 227, 100: 227}
+TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bH(G|)MMA\.", 100: r"\bUTC[A-Z]*MMA\b"}
+SPILL_FREE_HEAD_DIM = 128
+
+
+class Task(NamedTuple):
+    kernel: str
+    arch: int
+    dtype: torch.dtype
+    head_dim: int
+    options: str
+
+
+class Result(NamedTuple):
+    task: Task
+    registers: int
+    stack: int
+    shared: int
+    tensor_core: bool
+    seconds: float
+
+    def violations(self) -> list[str]:
+        half = self.task.dtype != torch.float32
+        found = []
+        if self.shared > SHARED_KB[self.task.arch] * 1024:
+            found.append(f"shared memory {self.shared} above {SHARED_KB[self.task.arch]} KB")
+        if half and not self.tensor_core:
+            found.append("no tensor-core instruction")
+        if half and self.stack and self.task.head_dim <= SPILL_FREE_HEAD_DIM:
+            found.append(f"{self.stack} bytes spilled")
+        return found
+
+
+def tasks(every: bool) -> list[Task]:
+    """All combinations, or those that differ: every option on sm_90, what takes most registers elsewhere."""
+    combinations = itertools.product(KERNELS, ARCHS, DTYPES, HEAD_DIMS, OPTIONS)
+    chosen = [Task(*combination) for combination in combinations]
+    return chosen if every else [task for task in chosen if is_default(task)]
+
+
+def is_default(task: Task) -> bool:
+    if task.dtype != torch.bfloat16:
+        head_dims = (64,) if task.dtype == torch.float16 else (64, 128)
+        return task.arch == 90 and task.options == "mask" and task.head_dim in head_dims
+    if task.options == "mask":
+        return task.arch == 90 or task.head_dim >= 64
+    if task.options == "mask+dropout":
+        return task.head_dim in (64, 128)
+    return task.head_dim == 64 and (task.arch == 90 or task.options == "packed+window")
+
+
+def task_blocks(task: Task) -> BlockConfig:
+    return block_config(task.kernel, task.arch, task.dtype, task.head_dim, "dropout" in task.options)
+
+
+def source(task: Task) -> ASTSource:
+    """The kernel as a launch on contiguous, 16-byte aligned tensors specializes it."""
+    options = task.options.split("+")
+    kernel = KERNELS[task.kernel]
+    config = task_blocks(task)
+    constants = {
+        "HEAD_DIM": task.head_dim,
+        "BLOCK_D": padded_head_dim(task.head_dim),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "HAS_WINDOW": "window" in options,
+        "HAS_DROPOUT": "dropout" in options,
+    }
+    element = "*" + DTYPES[task.dtype]
+    types = dict.fromkeys(("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"), element)
+    types |= dict.fromkeys(("lse", "delta"), "*fp32")
+    types |= dict.fromkeys(("N", "H", "num_sequences", "window", "threshold", "scores_stride"), "i32")
+    types |= dict.fromkeys(("scale", "kept_scale"), "fp32")
+    types |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "grad_out_strides"), ("i32",) * 3)
+    optional = {
+        "scores": (element, "scores" in task.kernel),
+        "grad_scores": (element, "scores" in task.kernel),
+        "grad_lse": ("*fp32", "lse" in options),
+        "mask": ("*i1", "mask" in options),
+        "cu_seqlens": ("*i32", "packed" in options),
+        "seed": ("*i64", "dropout" in options),
+    }
+    types |= {name: type for name, (type, present) in optional.items() if present}
+    constants |= {name: None for name, (_, present) in optional.items() if not present}
+    types["grad_scores_strides"] = ()
+    if optional["grad_scores"][1]:
+        types["grad_scores_strides"] = ("i64", "i32", "i32", "constexpr")
+    signature, constexprs, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = types.get(name, "constexpr")
+        if name in constants:
+            constexprs[(index,)] = constants[name]
+        elif name.endswith("_strides"):
+            for axis, type in enumerate(types[name]):
+                if type == "constexpr":
+                    constexprs[(index, axis)] = 1
+                else:
+                    attributes[(index, axis)] = [["tt.divisibility", 16]]
+        elif types[name].startswith("*") or name == "scores_stride":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs, attributes)
+
+
+def compile_task(task: Task) -> Result:
+    start = time.perf_counter()
+    config = task_blocks(task)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source(task), target=GPUTarget("cuda", task.arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = cuobjdump("-res-usage", file.name)
+        tensor_core = bool(re.search(TENSOR_CORE[task.arch], cuobjdump("-sass", file.name)))
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    seconds = time.perf_counter() - start
+    return Result(task, registers, stack, compiled.metadata.shared, tensor_core, seconds)
+
+
+def cuobjdump(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, choices=ARCHS)
+    parser.add_argument("--kernel", choices=KERNELS)
+    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS)
+    parser.add_argument("--all", action="store_true", help="every dtype, head dim and option on every chip")
+    parser.add_argument("--jobs", type=int, default=2)
+    wanted = parser.parse_args()
+    chosen = [
+        task
+        for task in tasks(wanted.all)
+        if wanted.arch in (None, task.arch)
+        and wanted.kernel in (None, task.kernel)
+        and wanted.head_dim in (None, task.head_dim)
+    ]
+    print(f"{'kernel':26} {'arch':5} {'dtype':5} {'D':>3} {'options':14} {'blocks':>12} w s "
+          f"{'regs':>4} {'stack':>5} {'shared':>7} {'s':>5}")  # fmt: skip
+    failed, start = 0, time.perf_counter()
+    with ProcessPoolExecutor(wanted.jobs) as pool:
+        for done, result in enumerate(pool.map(compile_task, chosen), 1):
+            task, found = result.task, result.violations()
+            config = task_blocks(task)
+            failed += bool(found)
+            print(
+                f"{task.kernel:26} sm_{task.arch:<3}{DTYPES[task.dtype]:>5} {task.head_dim:3} "
+                f"{task.options:14} "
+                f"{config.block_m:4} x {config.block_n:<4} {config.num_warps} {config.num_stages} "
+                f"{result.registers:4} {result.stack:5} {result.shared:7} {result.seconds:5.1f} "
+                f"{'; '.join(found)}",
+                flush=True,
+            )
+            print(f"\r{done}/{len(chosen)}", end="\r", file=sys.stderr)
+    seconds = time.perf_counter() - start
+    print(f"triton {triton.__version__}: {len(chosen)} compiled in {seconds:.0f} s, {failed} failed")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
