@@ -165,7 +165,7 @@ def backward(
 
 
 def triton_kernels() -> Any:
-    from bertops.kernels import attention as kernels
+    import bertops.kernels.attention as kernels
 
     return kernels
 
