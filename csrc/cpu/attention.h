@@ -57,13 +57,13 @@ inline int64_t padded(int64_t x) { return (x + kPadding - 1) / kPadding * kPaddi
 // Elements of scratch that a task over `count` rows needs.
 inline int64_t attention_forward_scratch(int64_t count, int64_t head_dim) {
   const int64_t rows = padded(count), width = padded(head_dim);
-  const int64_t queries = kQueryBlock * width * 4, map = 2 * kKeyBlock * kQueryBlock;
-  return 2 * rows * width + queries + map + 4 * kQueryBlock + kPadding * width;
+  const int64_t queries = 3 * kQueryBlock * width, map = 2 * kKeyBlock * kQueryBlock;
+  return 2 * rows * width + queries + map + 2 * kQueryBlock + kPadding * width;
 }
 inline int64_t attention_backward_scratch(int64_t count, int64_t head_dim) {
   const int64_t rows = padded(count), width = padded(head_dim);
-  const int64_t queries = kQueryBlock * width * 6, map = 4 * kKeyBlock * kQueryBlock;
-  return 5 * rows * width + queries + map + 4 * kQueryBlock + kPadding * width;
+  const int64_t queries = 6 * kQueryBlock * width, map = 4 * kKeyBlock * kQueryBlock;
+  return 5 * rows * width + queries + map + 2 * kQueryBlock + kPadding * width;
 }
 
 }  // namespace bertops
