@@ -19,9 +19,9 @@ Where the result differs from ``attn_implementation="eager"``:
   alone, so ``from_pretrained(..., output_attentions=True)`` raises there, unless the model is loaded as eager
   and switched with ``model.set_attn_implementation("bertops")``.
 * Packed rows (B = 1) are kept apart with ``cu_seq_lens_q``, and ``cu_seq_lens_k`` equal to it where given, as
-  for FlashAttention; eager ignores both. Restarting ``position_ids`` without them raise. The check reads the
-  positions (a host sync per layer on a GPU) and is left out where an ``attention_mask`` is given, under
-  ``torch.compile``, and for DistilBERT, MobileBERT and ModernBERT, which do not hand their positions down.
+  for FlashAttention; eager ignores both. Restarting ``position_ids`` of B = 1 without them raise. The check
+  reads the positions (a host sync per layer on a GPU) and is left out where an ``attention_mask`` is given,
+  under ``torch.compile``, and for DistilBERT, MobileBERT and ModernBERT, which do not hand their positions down.
   MobileBERT's trigram embedding reads across the border of packed sequences, before any attention.
 
 ``torch.compile(model, fullgraph=True)`` works; with ``output_attentions=True`` after one uncompiled call with
@@ -102,7 +102,9 @@ def attention_forward(
         ValueError, TypeError, RuntimeError: as in :func:`bertops.attention`.
     """
     _refuse_unsupported(module, query, key, value, attention_mask, is_causal, kwargs)
-    cu_seqlens = _packed_rows(attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    # rows are packed into B = 1; positions of a larger batch say nothing, and reading them would cost a sync
+    packed_positions = position_ids if query.shape[0] == 1 else None
+    cu_seqlens = _packed_rows(attention_mask, packed_positions, cu_seq_lens_q, cu_seq_lens_k)
     window = None if sliding_window is None else sliding_window - 1
     options: dict[str, Any] = {
         "cu_seqlens": cu_seqlens,
