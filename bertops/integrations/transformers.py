@@ -21,7 +21,7 @@ Where the result differs from ``attn_implementation="eager"``:
 * Packed rows (B = 1) are kept apart with ``cu_seq_lens_q``, and ``cu_seq_lens_k`` equal to it where given, as
   for FlashAttention; eager ignores both. Restarting ``position_ids`` of B = 1 without them raise. The check
   reads the positions (a host sync per layer on a GPU) and is left out where an ``attention_mask`` is given,
-  under ``torch.compile``, and for DistilBERT, MobileBERT and ModernBERT, which do not hand their positions down.
+  under ``torch.compile``, and for DistilBERT, MobileBERT and ModernBERT, which do not hand positions down.
   MobileBERT's trigram embedding reads across the border of packed sequences, before any attention.
 
 ``torch.compile(model, fullgraph=True)`` works; with ``output_attentions=True`` after one uncompiled call with
