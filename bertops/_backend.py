@@ -4,7 +4,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 
@@ -25,7 +24,7 @@ extension_error: str | None = None
 extension_path: str | None = None
 extension_has_cuda = False
 try:
-    from bertops import _C
+    from bertops import _C  # type: ignore[attr-defined]
 except ImportError as error:
     extension_error = (
         f"bertops._C could not be loaded ({error}); build it with "
@@ -35,12 +34,12 @@ else:
     extension_path = _C.__file__
     extension_has_cuda = bool(_C.with_cuda)
 
-_preferred: ContextVar[str] = ContextVar("bertops_impl", default="auto")
+_preferred = "auto"
 
 
 @contextmanager
 def use_impl(impl: str) -> Iterator[None]:
-    """Run every call inside that says ``impl="auto"`` on ``impl`` instead.
+    """Run every call inside that says ``impl="auto"`` on ``impl`` instead, in all threads.
 
     Args:
         impl: one of ``auto``, ``triton``, ``cuda``, ``cpu``, ``reference``.
@@ -48,41 +47,43 @@ def use_impl(impl: str) -> Iterator[None]:
     Raises:
         ValueError: ``impl`` is none of these.
     """
+    global _preferred
     _check_choice(impl)
-    token = _preferred.set(impl)
+    previous, _preferred = _preferred, impl
     try:
         yield
     finally:
-        _preferred.reset(token)
+        _preferred = previous
 
 
 def resolve(op: str, impl: str, device: torch.device) -> str:
-    """The implementation that runs ``op`` on ``device``: ``cpu``, ``triton``, ``cuda`` or ``reference``.
+    """What runs ``op`` on ``device``: ``cpu``, ``triton``, ``cuda`` or ``reference``.
+
+    Triton on CPU tensors is ``interpreter``: those kernels are called without the dispatcher, in which ``_C``
+    owns the CPU.
 
     Raises:
         ValueError: ``impl`` is not a known choice.
         RuntimeError: the choice, or every kernel that ``auto`` could take, is not available; says why.
     """
-    _check_choice(impl)
-    if impl == "auto":
-        impl = _preferred.get()
     if impl != "auto":
-        reason = unavailable(op, impl, device.type)
-        if reason is not None:
-            raise RuntimeError(f"{op}: impl={impl!r} is not available here: {reason}")
-        return impl
-    reasons = []
-    for candidate in IMPLEMENTATIONS[op]:
-        if candidate == "reference":
-            continue
-        reason = unavailable(op, candidate, device.type)
-        if reason is None:
-            return candidate
-        reasons.append(f"{candidate}: {reason}")
-    raise RuntimeError(
-        f"{op} has no kernel for device {device.type!r} ({'; '.join(reasons)}). "
-        "Pass impl='reference' to run the plain PyTorch version."
-    )
+        _check_choice(impl)
+    if impl == "auto":
+        impl = _preferred
+    if impl == "auto":
+        found = _AUTOMATIC.get((op, device.type))
+        if found is not None:
+            return found
+        kernels = [kernel for kernel in IMPLEMENTATIONS[op] if kernel != "reference"]
+        reasons = "; ".join(f"{kernel}: {unavailable(op, kernel, device.type)}" for kernel in kernels)
+        raise RuntimeError(
+            f"{op} has no kernel for device {device.type!r} ({reasons}). "
+            "Pass impl='reference' to run the plain PyTorch version."
+        )
+    reason = unavailable(op, impl, device.type)
+    if reason is not None:
+        raise RuntimeError(f"{op}: impl={impl!r} is not available here: {reason}")
+    return "interpreter" if impl == "triton" and device.type == "cpu" else impl
 
 
 def unavailable(op: str, impl: str, device_type: str) -> str | None:
@@ -109,3 +110,14 @@ def unavailable(op: str, impl: str, device_type: str) -> str | None:
 def _check_choice(impl: str) -> None:
     if impl not in CHOICES:
         raise ValueError(f"impl must be one of {', '.join(CHOICES)}, got {impl!r}")
+
+
+# (op, device type) -> the first kernel that can run there; what is missing has no entry.
+_AUTOMATIC: dict[tuple[str, str], str] = {
+    (op, device_type): kernel
+    for op, kernels in IMPLEMENTATIONS.items()
+    for device_type in ("cpu", "cuda")
+    for kernel in reversed(kernels)
+    if kernel == device_type or (kernel == "triton" and device_type == "cuda")
+    if unavailable(op, kernel, device_type) is None
+}

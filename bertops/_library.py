@@ -67,3 +67,9 @@ def _(
     seed,
 ):
     return rows_first(q), rows_first(k), rows_first(v)
+
+
+# What the machine can do at most, for the bench: work on every thread of the device of ``like`` and count it.
+_define("_limits_fma(Tensor like, int steps) -> (Tensor, int)")
+_define("_limits_exp(Tensor like, int steps) -> (Tensor, int)")
+_define("_limits_launch(Tensor like) -> ()")

@@ -1,6 +1,7 @@
 """Thin modules over the ops."""
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from bertops.ops.attention import attention
@@ -38,7 +39,7 @@ class Attention(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the output, with ``return_scores`` also the score map (B, H, N, N)."""
         q, k, v = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        options = {
+        options: dict[str, Any] = {
             "cu_seqlens": cu_seqlens,
             "window": window,
             "dropout_p": self.dropout_p if self.training else 0.0,
@@ -46,9 +47,7 @@ class Attention(nn.Module):
         if return_scores:
             out, scores = attention_with_scores(q, k, v, mask, **options)
             return self._merge(out), scores
-        out = attention(q, k, v, mask, **options)
-        assert isinstance(out, torch.Tensor)
-        return self._merge(out)
+        return self._merge(attention(q, k, v, mask, **options))
 
     def _merge(self, out: Tensor) -> Tensor:
         return self.proj(out.transpose(1, 2).flatten(2))

@@ -1,6 +1,6 @@
 """The eager oracle of every op: a few lines of PyTorch each, differentiable by autograd.
 
-Tests run these in float64 to get the truth and in the input's dtype to get the error that plain PyTorch makes.
+Tests run these in float64 to get the truth and in the input's dtype to get the error of plain PyTorch.
 """
 
 import math
@@ -46,7 +46,7 @@ def valid_rows(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def valid_pairs(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, window: int) -> Tensor:
-    """(B, 1, N, N) bool: query i and key j are real tokens of one sequence, within ``window`` if it is >= 0."""
+    """(B, 1, N, N) bool: query i and key j are real, of one sequence, and within ``window`` if it is >= 0."""
     rows = valid_rows(x, mask)
     pairs = rows[..., :, None] & rows[..., None, :]
     position = torch.arange(x.shape[2], device=x.device)

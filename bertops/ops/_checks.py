@@ -1,5 +1,7 @@
 """Argument checks that ops share. Each names the argument, what came and what was expected."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -13,28 +15,31 @@ def describe(x: object) -> str:
     return f"{type(x).__name__} {x!r}"
 
 
-def check_heads(name: str, x: Tensor) -> None:
-    """``x`` is (B, H, N, D) with a supported dtype and head dim."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {describe(x)}")
-    if x.dim() != 4:
-        raise ValueError(f"{name} must have shape (B, H, N, D), got {describe(x)}")
-    if x.dtype not in DTYPES or (x.dtype == torch.float64 and x.device.type != "cpu"):
-        raise TypeError(f"{name} must be float32, bfloat16 or float16 (float64 on CPU only), got {describe(x)}")
-    if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
-        raise ValueError(f"{name} must have a head dim from 1 to {MAX_HEAD_DIM}, got {describe(x)}")
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k, v are (B, H, N, D) of one shape, dtype and device, with a supported dtype and head dim."""
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q must be a tensor, got {describe(q)}")
+    shape, dtype, device = q.shape, q.dtype, q.device
+    if len(shape) != 4:
+        raise ValueError(f"q must have shape (B, H, N, D), got {describe(q)}")
+    if dtype not in DTYPES or (dtype == torch.float64 and device.type != "cpu"):
+        raise TypeError(f"q must be float32, bfloat16 or float16 (float64 on CPU only), got {describe(q)}")
+    if not 1 <= shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"q must have a head dim from 1 to {MAX_HEAD_DIM}, got {describe(q)}")
+    if not (isinstance(k, Tensor) and k.shape == shape and k.dtype == dtype and k.device == device):
+        _refuse_other("k", k, q)
+    if not (isinstance(v, Tensor) and v.shape == shape and v.dtype == dtype and v.device == device):
+        _refuse_other("v", v, q)
 
 
-def check_same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """``x`` has the shape, dtype and device of ``other``."""
+def _refuse_other(name: str, x: Tensor, q: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(x)}")
-    if x.shape != other.shape:
-        raise ValueError(f"{name} must have the shape {tuple(other.shape)} of {other_name}, got {describe(x)}")
-    if x.dtype != other.dtype:
-        raise TypeError(f"{name} must have the dtype {other.dtype} of {other_name}, got {describe(x)}")
-    if x.device != other.device:
-        raise ValueError(f"{name} must be on the device {other.device} of {other_name}, got {describe(x)}")
+    if x.shape != q.shape:
+        raise ValueError(f"{name} must have the shape {tuple(q.shape)} of q, got {describe(x)}")
+    if x.dtype != q.dtype:
+        raise TypeError(f"{name} must have the dtype {q.dtype} of q, got {describe(x)}")
+    raise ValueError(f"{name} must be on the device {q.device} of q, got {describe(x)}")
 
 
 def check_rows(mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
@@ -82,7 +87,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
                 f"cu_seqlens must start with 0 and end with the token count {x.shape[2]}, "
                 f"got {offsets[0]} to {offsets[-1]} in shape {tuple(cu_seqlens.shape)}"
             )
-        if any(b < a for a, b in zip(offsets, offsets[1:], strict=False)):
+        if any(b < a for a, b in pairwise(offsets)):
             raise ValueError(f"cu_seqlens must not decrease, got {describe(cu_seqlens)} with {offsets[:16]}")
 
 
@@ -91,10 +96,7 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
 
 
-def check_window(window: int | None) -> int:
-    """Returns the window as the kernels take it: -1 for none."""
-    if window is None:
-        return -1
+def check_window(window: int) -> int:
     if isinstance(window, bool) or not isinstance(window, int | torch.SymInt) or window < 0:
         raise ValueError(f"window must be None or an integer >= 0, got {window!r}")
     return window

@@ -5,10 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bertops import _backend, reference
 from bertops.ops import _checks
+from bertops.ops._autograd import once_differentiable
+
+AUTOCAST_DEVICES = ("cpu", "cuda")
+
+# q, k, v, mask, cu_seqlens, window (-1: none), scale, dropout_p, seed: what every implementation takes.
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int, float, float, Tensor | None]
 
 _attention_fwd = torch.ops.bertops.attention_fwd.default
 _attention_bwd = torch.ops.bertops.attention_bwd.default
@@ -26,7 +31,7 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     impl: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # Tensor, or (Tensor, Tensor) with return_lse
     r"""Softmax attention between all real tokens of a sequence, in memory linear in N.
 
     With :math:`S = \text{scale} \cdot QK^\top`, :math:`P = \mathrm{softmax}(S)` over the real keys and the
@@ -50,8 +55,8 @@ def attention(
             attention crosses between them. Excludes ``mask``.
         window: keys with ``|i - j| > window`` take no part (the local layers of ModernBERT).
         scale: default ``1 / sqrt(D)``.
-        dropout_p: probability in [0, 1) of dropping an entry of P. The mask is a function of a seed drawn from
-            PyTorch's generator and of (sequence, head, i, j) alone: padded and packed rows drop alike.
+        dropout_p: probability in [0, 1) of dropping an entry of P. What drops is a function of a seed drawn
+            from PyTorch's generator and of (sequence, head, i, j) alone: padded and packed rows drop alike.
         return_lse: also return lse (B, H, N) in fp32 (fp64 for fp64).
         impl: ``auto``, ``triton``, ``cpu`` or ``reference``; anything but ``auto`` never falls back.
 
@@ -72,14 +77,14 @@ def attention(
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = _Attention.apply(backend, *arguments)
     else:
-        out, lse = forward_kernel(backend, q.device)(*arguments)
+        out, lse = _forward_kernel(backend)(*arguments)
     return (out, lse) if return_lse else out
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
-        out, lse = forward_kernel(backend, q.device)(q, k, v, *options)
+        out, lse = _forward_kernel(backend)(q, k, v, *options)
         save_for_backward(ctx, backend, q, k, v, out, lse, options)
         return out, lse
 
@@ -98,17 +103,17 @@ def prepare(
     window: int | None,
     scale: float | None,
     dropout_p: float,
-) -> tuple:
+) -> Arguments:
     """Checks the arguments of both attention ops and brings them to the form that the kernels take."""
-    _checks.check_heads("q", q)
-    _checks.check_same("k", k, "q", q)
-    _checks.check_same("v", v, "q", q)
-    mask = _checks.check_rows(mask, cu_seqlens, q)
-    window = _checks.check_window(window)
-    _checks.check_dropout(dropout_p)
+    _checks.check_qkv(q, k, v)
+    if mask is not None or cu_seqlens is not None:
+        mask = _checks.check_rows(mask, cu_seqlens, q)
+    window = -1 if window is None else _checks.check_window(window)
+    if dropout_p != 0:
+        _checks.check_dropout(dropout_p)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     seed = None
@@ -117,8 +122,8 @@ def prepare(
     return q, k, v, mask, cu_seqlens, window, scale, dropout_p, seed
 
 
-def forward_kernel(backend: str, device: torch.device) -> Any:
-    return _triton().attention_fwd if _interpreted(backend, device) else _attention_fwd
+def _forward_kernel(backend: str) -> Any:
+    return triton_kernels().attention_fwd if backend == "interpreter" else _attention_fwd
 
 
 def save_for_backward(
@@ -140,7 +145,7 @@ def backward(
     q, k, v, out, lse, mask, cu_seqlens, seed = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    kernel = _triton().attention_bwd if _interpreted(ctx.backend, q.device) else _attention_bwd
+    kernel = triton_kernels().attention_bwd if ctx.backend == "interpreter" else _attention_bwd
     return kernel(
         grad_out,
         grad_lse,
@@ -159,22 +164,17 @@ def backward(
     )
 
 
-def _interpreted(backend: str, device: torch.device) -> bool:
-    """Triton on CPU tensors: its interpreter, reached without the dispatcher, where _C owns the CPU."""
-    return backend == "triton" and device.type == "cpu"
-
-
-def _triton() -> Any:
-    from bertops.kernels import attention as kernels
+def triton_kernels() -> Any:
+    import bertops.kernels.attention as kernels
 
     return kernels
 
 
 @torch.library.impl("bertops::attention_fwd", "CUDA")
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _triton().attention_fwd(*arguments)
+    return triton_kernels().attention_fwd(*arguments)
 
 
 @torch.library.impl("bertops::attention_bwd", "CUDA")
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _triton().attention_bwd(*arguments)
+    return triton_kernels().attention_bwd(*arguments)

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bertops import _backend, reference
 from bertops.ops import _checks
 from bertops.ops import attention as _attention
+from bertops.ops._autograd import once_differentiable
 
 _attention_with_scores_fwd = torch.ops.bertops.attention_with_scores_fwd.default
 
@@ -38,8 +38,9 @@ def attention_with_scores(
         dQ = \text{scale} \cdot dS\, K, \quad dK = \text{scale} \cdot dS^\top Q.
 
     Args:
-        q, k, v, mask, cu_seqlens, window, scale, dropout_p, return_lse, impl: as in :func:`bertops.attention`.
-        scores_dtype: dtype of the map, default that of q. fp32 costs twice the bytes of bf16 and rounds nothing.
+        q, k, v, mask, cu_seqlens, window, scale, dropout_p, return_lse, impl: as in
+            :func:`bertops.attention`.
+        scores_dtype: dtype of the map, default that of q. fp32 costs twice the bytes of bf16, unrounded.
 
     Returns:
         (out, scores), or (out, scores, lse) with ``return_lse``. ``scores`` is (B, H, N, N); with
@@ -57,11 +58,11 @@ def attention_with_scores(
         raise TypeError(f"scores_dtype must be one of {_checks.DTYPES}, got {scores_dtype!r}")
     backend = _backend.resolve("attention_with_scores", impl, q.device)
     if backend == "reference":
-        out, lse, scores = reference.attention_with_scores(*arguments, scores_dtype)
+        out, lse, scores = reference.attention_with_scores(*arguments, scores_dtype=scores_dtype)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse, scores = _AttentionWithScores.apply(backend, scores_dtype, *arguments)
     else:
-        out, lse, scores = forward_kernel(backend, q.device)(*arguments, scores_dtype)
+        out, lse, scores = _forward_kernel(backend)(*arguments, scores_dtype)
     return (out, scores, lse) if return_lse else (out, scores)
 
 
@@ -70,7 +71,7 @@ class _AttentionWithScores(torch.autograd.Function):
     def forward(
         ctx: Any, backend: str, scores_dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, *options: Any
     ) -> Any:
-        out, lse, scores = forward_kernel(backend, q.device)(q, k, v, *options, scores_dtype)
+        out, lse, scores = _forward_kernel(backend)(q, k, v, *options, scores_dtype)
         _attention.save_for_backward(ctx, backend, q, k, v, out, lse, options)
         return out, lse, scores
 
@@ -82,12 +83,12 @@ class _AttentionWithScores(torch.autograd.Function):
         return None, None, *_attention.backward(ctx, grad_out, grad_lse, grad_scores), *(None,) * 6
 
 
-def forward_kernel(backend: str, device: torch.device) -> Any:
-    if _attention._interpreted(backend, device):
-        return _attention._triton().attention_with_scores_fwd
+def _forward_kernel(backend: str) -> Any:
+    if backend == "interpreter":
+        return _attention.triton_kernels().attention_with_scores_fwd
     return _attention_with_scores_fwd
 
 
 @torch.library.impl("bertops::attention_with_scores_fwd", "CUDA")
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _attention._triton().attention_with_scores_fwd(*arguments)
+    return _attention.triton_kernels().attention_with_scores_fwd(*arguments)

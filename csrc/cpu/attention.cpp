@@ -34,7 +34,7 @@ DType dtype_of(ScalarType dtype) {
 }
 
 Heads heads_of(const Tensor& x) {
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  return {x.data_ptr(), dtype_of(x.scalar_type()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
 // The sequences of a batch and the positions of their real rows.
@@ -59,7 +59,8 @@ struct Rows {
   }
 
  private:
-  void add(const int32_t* position, int64_t count, int64_t batch, int64_t begin, int64_t length, int64_t identity) {
+  void add(const int32_t* position, int64_t count, int64_t batch, int64_t begin, int64_t length,
+           int64_t identity) {
     sequences.push_back({position, count, batch, begin, length, identity, count == length});
     longest = std::max(longest, count);
   }
@@ -82,8 +83,9 @@ struct Rows {
   }
 
   void from_offsets(const Tensor& cu_seqlens, int64_t length) {
-    STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0,
-                    "bertops: cu_seqlens must be int32 of shape (number of sequences + 1,)");
+    STD_TORCH_CHECK(
+        cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0,
+        "bertops: cu_seqlens must be int32 of shape (number of sequences + 1,)");
     const int32_t* offset = static_cast<const int32_t*>(cu_seqlens.data_ptr());
     const int64_t stride = cu_seqlens.stride(0), sequences_count = cu_seqlens.size(0) - 1;
     STD_TORCH_CHECK(offset[0] == 0 && offset[sequences_count * stride] == length,
@@ -99,7 +101,8 @@ struct Rows {
 // The real queries of every sequence and head, in parts of at least `queries_per_task` where that feeds more threads.
 std::vector<AttentionTask> tasks_of(const Rows& rows, int64_t heads, int64_t queries_per_task) {
   const int64_t sequences_heads = std::max<int64_t>(1, heads * static_cast<int64_t>(rows.sequences.size()));
-  const int64_t wanted = (kTasksPerThread * torch::stable::get_num_threads() + sequences_heads - 1) / sequences_heads;
+  const int64_t wanted =
+      (kTasksPerThread * torch::stable::get_num_threads() + sequences_heads - 1) / sequences_heads;
   std::vector<AttentionTask> tasks;
   for (const Sequence& sequence : rows.sequences) {
     const int64_t most = std::max<int64_t>(1, (sequence.count + queries_per_task - 1) / queries_per_task);
@@ -116,9 +119,12 @@ std::vector<AttentionTask> tasks_of(const Rows& rows, int64_t heads, int64_t que
   return tasks;
 }
 
-Attention common(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& seed, int64_t window,
-                 double scale, double dropout_p) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "bertops: q, k, v must have shape (B, H, N, D)");
+Attention common(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& seed,
+                 int64_t window, double scale, double dropout_p) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
+                  "bertops: q, k, v must have shape (B, H, N, D)");
+  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+                  "bertops: q, k, v must have one dtype");
   for (int64_t d = 0; d < 4; ++d) {
     STD_TORCH_CHECK(q.size(d) == k.size(d) && q.size(d) == v.size(d), "bertops: q, k, v must have one shape");
   }
@@ -141,65 +147,68 @@ Attention common(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   return p;
 }
 
-// Runs FUNCTION<storage type> of this processor's instruction set.
-#define BERTOPS_DISPATCH(DTYPE, FUNCTION, ...)                                          \
-  switch (DTYPE) {                                                                      \
-    case DType::kFloat: BERTOPS_CALL_ISA(FUNCTION<float>, __VA_ARGS__) break;           \
-    case DType::kDouble: BERTOPS_CALL_ISA(FUNCTION<double>, __VA_ARGS__) break;         \
-    case DType::kBFloat16: BERTOPS_CALL_ISA(FUNCTION<BFloat16>, __VA_ARGS__) break;     \
-    case DType::kFloat16: BERTOPS_CALL_ISA(FUNCTION<Float16>, __VA_ARGS__) break;       \
+// Runs FUNCTION of this processor's instruction set, in the type that a dtype is computed in.
+#define BERTOPS_DISPATCH(DTYPE, FUNCTION, ...)      \
+  if (DTYPE == DType::kDouble) {                    \
+    BERTOPS_CALL_ISA(FUNCTION<double>, __VA_ARGS__) \
+  } else {                                          \
+    BERTOPS_CALL_ISA(FUNCTION<float>, __VA_ARGS__)  \
   }
 
 int64_t accumulator_bytes(DType dtype) { return dtype == DType::kDouble ? sizeof(double) : sizeof(float); }
 
-void forward(const Attention& p, const Rows& rows, DType dtype) {
+void forward(const Attention& p, const Rows& rows) {
   const std::vector<AttentionTask> tasks = tasks_of(rows, p.heads, kQueriesPerForwardTask);
-  const int64_t bytes = attention_forward_scratch(rows.longest, p.head_dim) * accumulator_bytes(dtype);
+  const int64_t bytes = attention_forward_scratch(rows.longest, p.head_dim) * accumulator_bytes(p.q.dtype);
   run_tasks(tasks.size(), bytes, [&](int64_t task, void* scratch) {
-    BERTOPS_DISPATCH(dtype, attention_forward, p, tasks[task], scratch)
+    BERTOPS_DISPATCH(p.q.dtype, attention_forward, p, tasks[task], scratch)
   });
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                         std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens, int64_t window,
-                                         double scale, double dropout_p, std::optional<Tensor> seed) {
+                                         std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens,
+                                         int64_t window, double scale, double dropout_p,
+                                         std::optional<Tensor> seed) {
   Attention p = common(q, k, v, seed, window, scale, dropout_p);
   const Rows rows(q, mask, cu_seqlens);
   Tensor out = rows_first(q);
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), p.heads, p.length}, accumulator_dtype(q.scalar_type()));
+  Tensor lse =
+      torch::stable::new_empty(q, {q.size(0), p.heads, p.length}, accumulator_dtype(q.scalar_type()));
   p.out = heads_of(out);
   p.lse = lse.data_ptr();
-  forward(p, rows, dtype_of(q.scalar_type()));
+  forward(p, rows);
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_with_scores_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                             std::optional<Tensor> mask,
+std::tuple<Tensor, Tensor, Tensor> attention_with_scores_fwd(const Tensor& q, const Tensor& k,
+                                                             const Tensor& v, std::optional<Tensor> mask,
                                                              std::optional<Tensor> cu_seqlens, int64_t window,
                                                              double scale, double dropout_p,
-                                                             std::optional<Tensor> seed, ScalarType scores_dtype) {
+                                                             std::optional<Tensor> seed,
+                                                             ScalarType scores_dtype) {
   Attention p = common(q, k, v, seed, window, scale, dropout_p);
   const Rows rows(q, mask, cu_seqlens);
   Tensor out = rows_first(q);
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), p.heads, p.length}, accumulator_dtype(q.scalar_type()));
+  Tensor lse =
+      torch::stable::new_empty(q, {q.size(0), p.heads, p.length}, accumulator_dtype(q.scalar_type()));
   Tensor scores = torch::stable::new_empty(q, {q.size(0), p.heads, p.length, p.length}, scores_dtype);
+  prefer_huge_pages(scores);
   p.out = heads_of(out);
   p.lse = lse.data_ptr();
   p.scores = heads_of(scores);
-  p.scores_dtype = dtype_of(scores_dtype);
-  forward(p, rows, dtype_of(q.scalar_type()));
+  forward(p, rows);
   return {out, lse, scores};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out, std::optional<Tensor> grad_lse,
-                                                 std::optional<Tensor> grad_scores, const Tensor& q, const Tensor& k,
-                                                 const Tensor& v, const Tensor& out, const Tensor& lse,
-                                                 std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens,
-                                                 int64_t window, double scale, double dropout_p,
-                                                 std::optional<Tensor> seed) {
+                                                 std::optional<Tensor> grad_scores, const Tensor& q,
+                                                 const Tensor& k, const Tensor& v, const Tensor& out,
+                                                 const Tensor& lse, std::optional<Tensor> mask,
+                                                 std::optional<Tensor> cu_seqlens, int64_t window,
+                                                 double scale, double dropout_p, std::optional<Tensor> seed) {
   Attention p = common(q, k, v, seed, window, scale, dropout_p);
   const Rows rows(q, mask, cu_seqlens);
-  const DType dtype = dtype_of(q.scalar_type());
+  const DType dtype = p.q.dtype;
   STD_TORCH_CHECK(grad_out.scalar_type() == q.scalar_type(), "bertops: grad_out must have the dtype of q");
   Tensor dq = rows_first(q), dk = rows_first(q), dv = rows_first(q);
   const Tensor dense_lse = torch::stable::contiguous(lse);
@@ -209,10 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out, std::op
   p.grad_out = heads_of(grad_out);
   p.lse = dense_lse.data_ptr();
   p.grad_lse = dense_grad_lse ? dense_grad_lse->data_ptr() : nullptr;
-  if (grad_scores) {
-    p.grad_scores = heads_of(*grad_scores);
-    p.grad_scores_dtype = dtype_of(grad_scores->scalar_type());
-  }
+  if (grad_scores) p.grad_scores = heads_of(*grad_scores);
   p.dq = heads_of(dq);
   p.dk = heads_of(dk);
   p.dv = heads_of(dv);
@@ -249,10 +255,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out, std::op
     BERTOPS_DISPATCH(dtype, attention_backward, p, tasks[task], scratch)
   });
   if (sums > 0) {
-    run_tasks(shared.size(), 0, [&](int64_t i, void* scratch) {
+    run_tasks(shared.size(), 0, [&](int64_t i, void*) {
       const auto& [first, parts] = shared[i];
       if (parts == 1) return;
-      BERTOPS_DISPATCH(dtype, attention_reduce, p, &tasks[first], parts, scratch)
+      BERTOPS_DISPATCH(dtype, attention_reduce, p, &tasks[first], parts)
     });
   }
   return {dq, dk, dv};

@@ -7,9 +7,10 @@
 
 namespace bertops {
 
-// A (B, H, N, D) tensor; strides in elements.
+// A (B, H, N, D) tensor, or the (B, H, N, N) map; strides in elements.
 struct Heads {
   void* data = nullptr;
+  DType dtype = DType::kFloat;
   int64_t batch_stride = 0, head_stride = 0, row_stride = 0, dim_stride = 0;
 };
 
@@ -26,9 +27,8 @@ struct Sequence {
 
 struct Attention {
   Heads q, k, v, out;
-  void* lse;  // (B, H, N) contiguous, fp32 or fp64
-  Heads scores;
-  DType scores_dtype;
+  void* lse;     // (B, H, N) contiguous, fp32 or fp64
+  Heads scores;  // none: data is null
   int64_t heads, length, head_dim;
   int64_t window;  // -1: none
   double scale, dropout_p;
@@ -36,7 +36,6 @@ struct Attention {
   uint64_t keep_from;  // a Philox word below this drops its probability
   // backward
   Heads grad_out, grad_scores, dq, dk, dv;
-  DType grad_scores_dtype;
   const void* grad_lse;  // contiguous like lse, or null
 };
 
@@ -58,13 +57,13 @@ inline int64_t padded(int64_t x) { return (x + kPadding - 1) / kPadding * kPaddi
 // Elements of scratch that a task over `count` rows needs.
 inline int64_t attention_forward_scratch(int64_t count, int64_t head_dim) {
   const int64_t rows = padded(count), width = padded(head_dim);
-  const int64_t queries = kQueryBlock * width * 4, map = 2 * kKeyBlock * kQueryBlock;
-  return 2 * rows * width + queries + map + 4 * kQueryBlock + kPadding * width;
+  const int64_t queries = 3 * kQueryBlock * width, map = 2 * kKeyBlock * kQueryBlock;
+  return 2 * rows * width + queries + map + 2 * kQueryBlock + kPadding * width;
 }
 inline int64_t attention_backward_scratch(int64_t count, int64_t head_dim) {
   const int64_t rows = padded(count), width = padded(head_dim);
-  const int64_t queries = kQueryBlock * width * 6, map = 4 * kKeyBlock * kQueryBlock;
-  return 5 * rows * width + queries + map + 4 * kQueryBlock + kPadding * width;
+  const int64_t queries = 6 * kQueryBlock * width, map = 4 * kKeyBlock * kQueryBlock;
+  return 5 * rows * width + queries + map + 2 * kQueryBlock + kPadding * width;
 }
 
 }  // namespace bertops

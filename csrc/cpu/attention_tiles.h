@@ -18,19 +18,28 @@ struct Scratch {
   }
 };
 
-template <class S>
-BERTOPS_INLINE S* row_of(const Heads& x, const Sequence& sequence, int64_t head, int64_t i) {
-  return static_cast<S*>(x.data) + sequence.batch * x.batch_stride + head * x.head_stride +
-         (sequence.begin + sequence.position[i]) * x.row_stride;
+BERTOPS_INLINE int64_t position_offset(const Heads& x, const Sequence& sequence, int64_t head,
+                                       int64_t position) {
+  return sequence.batch * x.batch_stride + head * x.head_stride + (sequence.begin + position) * x.row_stride;
+}
+BERTOPS_INLINE int64_t row_offset(const Heads& x, const Sequence& sequence, int64_t head, int64_t i) {
+  return position_offset(x, sequence, head, sequence.position[i]);
 }
 
-// to (last - first, width) = scale * rows [first, last), zero beyond the head dim.
-template <class S, class T>
+// to (last - first, width) = scale * real rows [first, last), zero beyond the head dim.
+template <class T>
 inline void load_rows(const Heads& from, const Sequence& sequence, int64_t head, int64_t first, int64_t last,
                       int64_t head_dim, int64_t width, T scale, T* to) {
   for (int64_t i = first; i < last; ++i, to += width) {
-    load_row(row_of<const S>(from, sequence, head, i), from.dim_stride, head_dim, width, scale, to);
+    load_as(from.dtype, from.data, row_offset(from, sequence, head, i), from.dim_stride, head_dim, width,
+            scale, to);
   }
+}
+
+template <class T>
+inline void store_head_row(const T* from, T scale, const Heads& to, const Sequence& sequence, int64_t head,
+                           int64_t i, int64_t head_dim) {
+  store_as(to.dtype, from, head_dim, scale, to.data, row_offset(to, sequence, head, i));
 }
 
 template <class T>
@@ -40,13 +49,13 @@ inline void fill(T* to, int64_t count, T value) {
 
 // Real rows into panels (count / L, width, L): the rows of a panel side by side, as the broadcast operand of a
 // product over the head dim. `rows` is (L, width) scratch.
-template <class S, class T>
-inline void load_panels(const Heads& from, const Sequence& sequence, int64_t head, int64_t head_dim, int64_t width,
-                        T* rows, T* panels) {
+template <class T>
+inline void load_panels(const Heads& from, const Sequence& sequence, int64_t head, int64_t head_dim,
+                        int64_t width, T* rows, T* panels) {
   constexpr int64_t L = kLanes<T>;
   for (int64_t first = 0; first < sequence.count; first += L, panels += width * L) {
     const int64_t last = min_of(first + L, sequence.count);
-    load_rows<S>(from, sequence, head, first, last, head_dim, width, T(1), rows);
+    load_rows(from, sequence, head, first, last, head_dim, width, T(1), rows);
     fill(rows + (last - first) * width, (first + L - last) * width, T(0));
     transpose(rows, width, L, width, panels, L);
   }
@@ -62,8 +71,8 @@ inline void to_lanes(T* rows, int64_t count, int64_t width, T* lanes) {
 
 // S (keys, queries) = K Q^T for keys [first, last) of the panels.
 template <class T>
-inline void scores_tile(const T* panels, int64_t first, int64_t last, int64_t head_dim, int64_t width, const T* lanes,
-                        int64_t columns, T* scores) {
+inline void scores_tile(const T* panels, int64_t first, int64_t last, int64_t head_dim, int64_t width,
+                        const T* lanes, int64_t columns, T* scores) {
   constexpr int64_t L = kLanes<T>, R = kTileRows<T>;
   for (int64_t key = first; key < last; key += R, scores += R * kQueryBlock) {
     const T* a = panels + key / L * L * width + key % L;
@@ -73,9 +82,11 @@ inline void scores_tile(const T* panels, int64_t first, int64_t last, int64_t he
 
 // C (width, queries) += A^T S for A (keys, width): the output or dQ of every query, transposed.
 template <class T>
-inline void add_to_lanes(const T* rows, int64_t keys, int64_t width, const T* scores, int64_t columns, T* lanes) {
+inline void add_to_lanes(const T* rows, int64_t keys, int64_t width, const T* scores, int64_t columns,
+                         T* lanes) {
   for (int64_t d = 0; d < width; d += kTileRows<T>) {
-    tile_row<1, true>(columns, keys, rows + d, width, scores, kQueryBlock, lanes + d * kQueryBlock, kQueryBlock);
+    tile_row<1, true>(columns, keys, rows + d, width, scores, kQueryBlock, lanes + d * kQueryBlock,
+                      kQueryBlock);
   }
 }
 
@@ -83,7 +94,8 @@ inline void add_to_lanes(const T* rows, int64_t keys, int64_t width, const T* sc
 template <class T>
 inline void add_to_rows(const T* scores, int64_t keys, int64_t queries, const T* rows, int64_t width, T* to) {
   for (int64_t key = 0; key < keys; key += kTileRows<T>) {
-    tile_row<kQueryBlock, true>(width, queries, scores + key * kQueryBlock, 1, rows, width, to + key * width, width);
+    tile_row<kQueryBlock, true>(width, queries, scores + key * kQueryBlock, 1, rows, width, to + key * width,
+                                width);
   }
 }
 
@@ -104,7 +116,7 @@ inline Range window_of(const Sequence& sequence, int64_t window, int64_t i) {
 // The queries [first, first + count) of a block, with the keys that any of them may see.
 struct QueryBlock {
   int64_t first, count, columns;  // columns: count rounded up to whole vectors
-  Range keys;      // of any of its queries, rounded to whole panels
+  Range keys;                     // of any of its queries, rounded to whole panels
   Range range[kQueryBlock];
 
   inline bool sees_all(int64_t low, int64_t high) const {
@@ -115,7 +127,8 @@ struct QueryBlock {
   }
 };
 template <class T>
-inline void set_block(const Sequence& sequence, int64_t window, int64_t first, int64_t last, QueryBlock& block) {
+inline void set_block(const Sequence& sequence, int64_t window, int64_t first, int64_t last,
+                      QueryBlock& block) {
   block.first = first;
   block.count = min_of(kQueryBlock, last - first);
   block.columns = round_up(block.count, kLanes<T>);
@@ -138,8 +151,8 @@ inline void cut_window(const QueryBlock& block, int64_t first, int64_t last, T v
 
 // Entries of P (keys, queries) that dropout takes become 0; four keys in a row share one Philox call.
 template <class T>
-inline void drop(const Attention& p, const Sequence& sequence, int64_t head, const QueryBlock& block, int64_t first,
-                 int64_t last, T* probs) {
+inline void drop(const Attention& p, const Sequence& sequence, int64_t head, const QueryBlock& block,
+                 int64_t first, int64_t last, T* probs) {
   alignas(64) uint32_t words[4][kQueryBlock];
   int64_t group = -1;
   for (int64_t key = first; key < last; ++key, probs += kQueryBlock) {
@@ -147,7 +160,8 @@ inline void drop(const Attention& p, const Sequence& sequence, int64_t head, con
     if (position / 4 != group) {
       group = position / 4;
       for (int64_t i = 0; i < block.count; ++i) {
-        uint32_t word[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(sequence.position[block.first + i]),
+        uint32_t word[4] = {static_cast<uint32_t>(group),
+                            static_cast<uint32_t>(sequence.position[block.first + i]),
                             static_cast<uint32_t>(head), static_cast<uint32_t>(sequence.identity)};
         philox(p.seed, word);
         for (int w = 0; w < 4; ++w) words[w][i] = word[w];
@@ -158,38 +172,10 @@ inline void drop(const Attention& p, const Sequence& sequence, int64_t head, con
   }
 }
 
-template <class T>
-inline void store_as(DType dtype, const T* from, int64_t count, void* to, int64_t offset) {
-  switch (dtype) {
-    case DType::kFloat: return store_row(from, count, T(1), static_cast<float*>(to) + offset);
-    case DType::kDouble: return store_row(from, count, T(1), static_cast<double*>(to) + offset);
-    case DType::kBFloat16: return store_row(from, count, T(1), static_cast<BFloat16*>(to) + offset);
-    case DType::kFloat16: return store_row(from, count, T(1), static_cast<Float16*>(to) + offset);
-  }
-}
-
-template <class T>
-inline void load_as(DType dtype, const void* from, int64_t offset, int64_t stride, int64_t count, T* to) {
-  switch (dtype) {
-    case DType::kFloat: return load_row(static_cast<const float*>(from) + offset, stride, count, count, T(1), to);
-    case DType::kDouble: return load_row(static_cast<const double*>(from) + offset, stride, count, count, T(1), to);
-    case DType::kBFloat16: return load_row(static_cast<const BFloat16*>(from) + offset, stride, count, count, T(1), to);
-    case DType::kFloat16: return load_row(static_cast<const Float16*>(from) + offset, stride, count, count, T(1), to);
-  }
-}
-
-inline int64_t bytes_of(DType dtype) {
-  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
-}
-
-inline int64_t score_row(const Attention& p, const Heads& scores, const Sequence& sequence, int64_t head, int64_t i) {
-  return sequence.batch * scores.batch_stride + head * scores.head_stride +
-         (sequence.begin + sequence.position[i]) * scores.row_stride;
-}
-
-inline void clear_score_row(const Attention& p, int64_t row) {
-  const int64_t bytes = bytes_of(p.scores_dtype);
-  __builtin_memset(static_cast<char*>(p.scores.data) + row * bytes, 0, p.length * bytes);
+// Zeroes `count` elements of one row.
+inline void clear_row(const Heads& x, int64_t offset, int64_t count) {
+  const int64_t bytes = bytes_of(x.dtype);
+  __builtin_memset(static_cast<char*>(x.data) + offset * bytes, 0, count * bytes);
 }
 
 // Writes the map's part of keys [first, last): `scores` (keys, queries), `rows` (kQueryBlock, kKeyBlock) scratch.
@@ -199,12 +185,13 @@ inline void store_scores(const Attention& p, const Sequence& sequence, int64_t h
   transpose(scores, kQueryBlock, round_up(last - first, kLanes<T>), block.columns, rows, kKeyBlock);
   for (int64_t i = 0; i < block.count; ++i, rows += kKeyBlock) {
     const int64_t low = max_of(first, block.range[i].low), high = min_of(last, block.range[i].high);
-    const int64_t to = score_row(p, p.scores, sequence, head, block.first + i) + sequence.begin;
+    const int64_t to = row_offset(p.scores, sequence, head, block.first + i) + sequence.begin;
     if (sequence.dense) {
-      if (low < high) store_as(p.scores_dtype, rows + (low - first), high - low, p.scores.data, to + low);
+      if (low < high)
+        store_as(p.scores.dtype, rows + (low - first), high - low, T(1), p.scores.data, to + low);
     } else {
       for (int64_t key = low; key < high; ++key) {
-        store_as(p.scores_dtype, rows + (key - first), 1, p.scores.data, to + sequence.position[key]);
+        store_as(p.scores.dtype, rows + (key - first), 1, T(1), p.scores.data, to + sequence.position[key]);
       }
     }
   }
@@ -212,60 +199,47 @@ inline void store_scores(const Attention& p, const Sequence& sequence, int64_t h
 
 // S (keys, queries) of the upstream gradient of the map; `rows` (kQueryBlock, kKeyBlock) scratch.
 template <class T>
-inline void load_grad_scores(const Attention& p, const Sequence& sequence, int64_t head, const QueryBlock& block,
-                             int64_t first, int64_t last, T* rows, T* scores) {
-  const int64_t stride = p.grad_scores.dim_stride;
+inline void load_grad_scores(const Attention& p, const Sequence& sequence, int64_t head,
+                             const QueryBlock& block, int64_t first, int64_t last, T* rows, T* scores) {
+  const Heads& from = p.grad_scores;
   fill(rows, kQueryBlock * kKeyBlock, T(0));
   for (int64_t i = 0; i < block.count; ++i) {
     T* row = rows + i * kKeyBlock - first;
     const int64_t low = max_of(first, block.range[i].low), high = min_of(last, block.range[i].high);
-    const int64_t from = score_row(p, p.grad_scores, sequence, head, block.first + i) + sequence.begin * stride;
-    if (sequence.dense) {
-      if (low < high) load_as(p.grad_scores_dtype, p.grad_scores.data, from + low * stride, stride, high - low, row + low);
+    const int64_t start =
+        row_offset(from, sequence, head, block.first + i) + sequence.begin * from.dim_stride;
+    if (sequence.dense && low < high) {
+      const int64_t offset = start + low * from.dim_stride;
+      load_as(from.dtype, from.data, offset, from.dim_stride, high - low, high - low, T(1), row + low);
     } else {
       for (int64_t key = low; key < high; ++key) {
-        load_as(p.grad_scores_dtype, p.grad_scores.data, from + sequence.position[key] * stride, 1, 1, row + key);
+        const int64_t offset = start + sequence.position[key] * from.dim_stride;
+        load_as(from.dtype, from.data, offset, 1, 1, 1, T(1), row + key);
       }
     }
   }
   transpose(rows, kKeyBlock, block.columns, round_up(last - first, kLanes<T>), scores, kQueryBlock);
 }
 
-// Rows of the sequence that are not real: 0 in `to`.
-template <class S>
-inline void clear_unreal(const Heads& to, const Sequence& sequence, int64_t head, int64_t head_dim) {
-  int64_t next = 0;
-  for (int64_t position = 0; position < sequence.length; ++position) {
-    if (next < sequence.count && sequence.position[next] == position) {
-      ++next;
-      continue;
-    }
-    S* row = static_cast<S*>(to.data) + sequence.batch * to.batch_stride + head * to.head_stride +
-             (sequence.begin + position) * to.row_stride;
-    __builtin_memset(row, 0, head_dim * sizeof(S));
-  }
+// The first position from `position` on that is no real row; `next` follows it through the real rows.
+inline int64_t next_unreal(const Sequence& sequence, int64_t position, int64_t& next) {
+  while (next < sequence.count && sequence.position[next] == position) ++position, ++next;
+  return position;
 }
 
-template <class T>
-inline void clear_unreal_maps(const Attention& p, const Sequence& sequence, int64_t head, T* lse) {
-  int64_t next = 0;
-  for (int64_t position = 0; position < sequence.length; ++position) {
-    if (next < sequence.count && sequence.position[next] == position) {
-      ++next;
-      continue;
-    }
-    lse[position] = -__builtin_inf();
-    if (p.scores.data != nullptr) {
-      clear_score_row(p, sequence.batch * p.scores.batch_stride + head * p.scores.head_stride +
-                             (sequence.begin + position) * p.scores.row_stride);
-    }
+// Rows of the sequence that are not real: the first `count` elements become 0.
+inline void clear_unreal(const Heads& to, const Sequence& sequence, int64_t head, int64_t count) {
+  int64_t next = 0, position = -1;
+  while ((position = next_unreal(sequence, position + 1, next)) < sequence.length) {
+    clear_row(to, position_offset(to, sequence, head, position), count);
   }
 }
 
 // One block of keys into the running softmax: S (keys, queries) becomes P relative to the new maximum, and the
 // sums and the outputs so far move to that maximum.
 template <class T>
-inline void softmax_step(int64_t keys, int64_t columns, int64_t width, T* scores, T* maximum, T* sum, T* out) {
+inline void softmax_step(int64_t keys, int64_t columns, int64_t width, T* scores, T* maximum, T* sum,
+                         T* out) {
   constexpr int64_t L = kLanes<T>;
   const T log2e = static_cast<T>(kLog2E);
   for (int64_t column = 0; column < columns; column += L) {
@@ -274,40 +248,41 @@ inline void softmax_step(int64_t keys, int64_t columns, int64_t width, T* scores
     for (int64_t key = 0; key < keys; ++key) now = max<T>(now, load(scores + key * kQueryBlock + column));
     // a window may hide the whole block from a query: its maximum is still -inf, and -inf - -inf is NaN
     const Vec<T> finite = now == -__builtin_inf() ? Vec<T>{} : now;
-    const Vec<T> shift = finite * log2e;
-    Vec<T> total = load(sum + column);
-    const Vec<T> decay = exp2(before * log2e - shift);
-    total *= decay;
+    const Vec<T> decay = exp2((before - finite) * log2e);
     for (int64_t d = 0; d < width; ++d) {
       T* o = out + d * kQueryBlock + column;
       store(o, load(o) * decay);
     }
     store(maximum + column, now);
+    Vec<T> total[4] = {};  // of every fourth key: short sums keep their bits
     for (int64_t key = 0; key < keys; ++key) {
       T* s = scores + key * kQueryBlock + column;
-      const Vec<T> prob = exp2(load(s) * log2e - shift);
-      total += prob;
+      const Vec<T> prob = exp2((load(s) - finite) * log2e);
+      total[key % 4] += prob;
       store(s, prob);
     }
-    store(sum + column, total);
+    store(sum + column, load(sum + column) * decay + ((total[0] + total[1]) + (total[2] + total[3])));
   }
 }
 
-template <class S>
+template <class T>
 void attention_forward(const Attention& p, const AttentionTask& task, void* memory) {
-  typedef typename Accumulator<S>::type T;
   const Sequence& sequence = *task.sequence;
   const int64_t width = round_up(p.head_dim, kLanes<T>), rows = round_up(sequence.count, kPadding);
   T* lse = static_cast<T*>(p.lse) + (sequence.batch * p.heads + task.head) * p.length + sequence.begin;
   if (task.first == 0 && !sequence.dense) {
-    clear_unreal<S>(p.out, sequence, task.head, p.head_dim);
-    clear_unreal_maps(p, sequence, task.head, lse);
+    clear_unreal(p.out, sequence, task.head, p.head_dim);
+    if (p.scores.data != nullptr) clear_unreal(p.scores, sequence, task.head, p.length);
+    int64_t next = 0, position = -1;
+    while ((position = next_unreal(sequence, position + 1, next)) < sequence.length) {
+      lse[position] = static_cast<T>(-__builtin_inf());
+    }
   }
 
   Scratch<T> scratch{static_cast<T*>(memory)};
   T* few_rows = scratch.take(kPadding * width);
-  T* k = scratch.take(rows * width);           // panels
-  T* v = scratch.take(rows * width);           // (keys, width)
+  T* k = scratch.take(rows * width);  // panels
+  T* v = scratch.take(rows * width);  // (keys, width)
   T* block_rows = scratch.take(kQueryBlock * width);
   T* q = scratch.take(kQueryBlock * width);    // (width, queries)
   T* out = scratch.take(kQueryBlock * width);  // (width, queries)
@@ -316,21 +291,21 @@ void attention_forward(const Attention& p, const AttentionTask& task, void* memo
   T* maximum = scratch.take(kQueryBlock);
   T* sum = scratch.take(kQueryBlock);
 
-  load_panels<S>(p.k, sequence, task.head, p.head_dim, width, few_rows, k);
-  load_rows<S>(p.v, sequence, task.head, 0, sequence.count, p.head_dim, width, T(1), v);
+  load_panels(p.k, sequence, task.head, p.head_dim, width, few_rows, k);
+  load_rows(p.v, sequence, task.head, 0, sequence.count, p.head_dim, width, T(1), v);
   QueryBlock block;
   for (int64_t first = task.first; first < task.last; first += kQueryBlock) {
     set_block<T>(sequence, p.window, first, task.last, block);
     const int64_t columns = block.columns;
-    load_rows<S>(p.q, sequence, task.head, first, first + block.count, p.head_dim, width, static_cast<T>(p.scale),
-                 block_rows);
+    load_rows(p.q, sequence, task.head, first, first + block.count, p.head_dim, width,
+              static_cast<T>(p.scale), block_rows);
     to_lanes(block_rows, block.count, width, q);
     fill(out, width * kQueryBlock, T(0));
     fill(maximum, kQueryBlock, static_cast<T>(-__builtin_inf()));
     fill(sum, kQueryBlock, T(0));
     if (p.scores.data != nullptr && (p.window >= 0 || sequence.count < p.length)) {
       for (int64_t i = 0; i < block.count; ++i) {
-        clear_score_row(p, score_row(p, p.scores, sequence, task.head, first + i));
+        clear_row(p.scores, row_offset(p.scores, sequence, task.head, first + i), p.length);
       }
     }
     for (int64_t key = block.keys.low; key < block.keys.high; key += kKeyBlock) {
@@ -349,7 +324,7 @@ void attention_forward(const Attention& p, const AttentionTask& task, void* memo
     transpose(out, kQueryBlock, width, columns, block_rows, width);
     for (int64_t i = 0; i < block.count; ++i) {
       const T norm = static_cast<T>(1 / ((1 - p.dropout_p) * sum[i]));
-      store_row(block_rows + i * width, p.head_dim, norm, row_of<S>(p.out, sequence, task.head, first + i));
+      store_head_row(block_rows + i * width, norm, p.out, sequence, task.head, first + i, p.head_dim);
       lse[sequence.position[first + i]] = maximum[i] + static_cast<T>(__builtin_log(sum[i]));
     }
   }
@@ -360,18 +335,18 @@ template <class T>
 inline void probabilities(int64_t keys, int64_t columns, const T* lse, T* scores) {
   const T log2e = static_cast<T>(kLog2E);
   for (int64_t column = 0; column < columns; column += kLanes<T>) {
-    const Vec<T> shift = load(lse + column) * log2e;
+    const Vec<T> shift = load(lse + column);
     for (int64_t key = 0; key < keys; ++key) {
       T* s = scores + key * kQueryBlock + column;
-      store(s, exp2(load(s) * log2e - shift));
+      store(s, exp2((load(s) - shift) * log2e));
     }
   }
 }
 
 // dS = P o (dP - delta) [+ the map's own gradient], into `grads`, which holds dP.
 template <class T>
-inline void score_gradients(int64_t keys, int64_t columns, const T* probs, const T* delta, const T* grad_scores,
-                            T* grads) {
+inline void score_gradients(int64_t keys, int64_t columns, const T* probs, const T* delta,
+                            const T* grad_scores, T* grads) {
   for (int64_t column = 0; column < columns; column += kLanes<T>) {
     const Vec<T> shift = load(delta + column);
     for (int64_t key = 0; key < keys; ++key) {
@@ -395,9 +370,8 @@ inline void row_dots(int64_t columns, int64_t width, const T* a, const T* b, T* 
   }
 }
 
-template <class S>
+template <class T>
 void attention_backward(const Attention& p, const AttentionTask& task, void* memory) {
-  typedef typename Accumulator<S>::type T;
   const Sequence& sequence = *task.sequence;
   const int64_t head = task.head, head_dim = p.head_dim, count = sequence.count;
   const int64_t width = round_up(head_dim, kLanes<T>), rows = round_up(count, kPadding);
@@ -405,14 +379,14 @@ void attention_backward(const Attention& p, const AttentionTask& task, void* mem
   const T* lse = static_cast<const T*>(p.lse) + offset;
   const T* grad_lse = p.grad_lse == nullptr ? nullptr : static_cast<const T*>(p.grad_lse) + offset;
   if (task.first == 0 && !sequence.dense) {
-    clear_unreal<S>(p.dq, sequence, head, head_dim);
-    clear_unreal<S>(p.dk, sequence, head, head_dim);
-    clear_unreal<S>(p.dv, sequence, head, head_dim);
+    clear_unreal(p.dq, sequence, head, head_dim);
+    clear_unreal(p.dk, sequence, head, head_dim);
+    clear_unreal(p.dv, sequence, head, head_dim);
   }
 
   Scratch<T> scratch{static_cast<T*>(memory)};
   T* few_rows = scratch.take(kPadding * width);
-  T* k = scratch.take(rows * width);         // (keys, width)
+  T* k = scratch.take(rows * width);  // (keys, width)
   T* k_panels = scratch.take(rows * width);
   T* v_panels = scratch.take(rows * width);
   T* dk = task.dk != nullptr ? static_cast<T*>(task.dk) : scratch.take(rows * width);
@@ -430,9 +404,9 @@ void attention_backward(const Attention& p, const AttentionTask& task, void* mem
   T* block_lse = scratch.take(kQueryBlock);
   T* delta = scratch.take(kQueryBlock);
 
-  load_panels<S>(p.k, sequence, head, head_dim, width, few_rows, k_panels);
-  load_panels<S>(p.v, sequence, head, head_dim, width, few_rows, v_panels);
-  load_rows<S>(p.k, sequence, head, 0, count, head_dim, width, T(1), k);
+  load_panels(p.k, sequence, head, head_dim, width, few_rows, k_panels);
+  load_panels(p.v, sequence, head, head_dim, width, few_rows, v_panels);
+  load_rows(p.k, sequence, head, 0, count, head_dim, width, T(1), k);
   fill(dk, rows * width, T(0));
   fill(dv, rows * width, T(0));
   const bool with_map = p.grad_scores.data != nullptr;
@@ -441,10 +415,10 @@ void attention_backward(const Attention& p, const AttentionTask& task, void* mem
   for (int64_t first = task.first; first < task.last; first += kQueryBlock) {
     set_block<T>(sequence, p.window, first, task.last, block);
     const int64_t columns = block.columns, last = first + block.count;
-    load_rows<S>(p.out, sequence, head, first, last, head_dim, width, T(1), dq_rows);
+    load_rows(p.out, sequence, head, first, last, head_dim, width, T(1), dq_rows);
     // dropout divides P by 1 - p in both dP and dV: once here, on dO
-    load_rows<S>(p.grad_out, sequence, head, first, last, head_dim, width, keep_scale, grad_out_rows);
-    load_rows<S>(p.q, sequence, head, first, last, head_dim, width, static_cast<T>(p.scale), q_rows);
+    load_rows(p.grad_out, sequence, head, first, last, head_dim, width, keep_scale, grad_out_rows);
+    load_rows(p.q, sequence, head, first, last, head_dim, width, static_cast<T>(p.scale), q_rows);
     to_lanes(q_rows, block.count, width, q);
     to_lanes(grad_out_rows, block.count, width, grad_out);
     to_lanes(dq_rows, block.count, width, dq);
@@ -473,21 +447,20 @@ void attention_backward(const Attention& p, const AttentionTask& task, void* mem
     }
     transpose(dq, kQueryBlock, width, columns, dq_rows, width);
     for (int64_t i = 0; i < block.count; ++i) {
-      store_row(dq_rows + i * width, head_dim, static_cast<T>(p.scale), row_of<S>(p.dq, sequence, head, first + i));
+      store_head_row(dq_rows + i * width, static_cast<T>(p.scale), p.dq, sequence, head, first + i, head_dim);
     }
   }
   if (task.dk == nullptr) {
     for (int64_t i = 0; i < count; ++i) {
-      store_row(dk + i * width, head_dim, T(1), row_of<S>(p.dk, sequence, head, i));
-      store_row(dv + i * width, head_dim, T(1), row_of<S>(p.dv, sequence, head, i));
+      store_head_row(dk + i * width, T(1), p.dk, sequence, head, i, head_dim);
+      store_head_row(dv + i * width, T(1), p.dv, sequence, head, i, head_dim);
     }
   }
 }
 
 // dK and dV of one head from the sums of its tasks, always in the same order.
-template <class S>
-void attention_reduce(const Attention& p, const AttentionTask* tasks, int64_t count, void*) {
-  typedef typename Accumulator<S>::type T;
+template <class T>
+void attention_reduce(const Attention& p, const AttentionTask* tasks, int64_t count) {
   const Sequence& sequence = *tasks[0].sequence;
   const int64_t width = round_up(p.head_dim, kLanes<T>);
   for (int64_t i = 0; i < sequence.count; ++i) {
@@ -501,8 +474,8 @@ void attention_reduce(const Attention& p, const AttentionTask* tasks, int64_t co
         dv[d] += more_dv[d];
       }
     }
-    store_row(dk, p.head_dim, T(1), row_of<S>(p.dk, sequence, tasks[0].head, i));
-    store_row(dv, p.head_dim, T(1), row_of<S>(p.dv, sequence, tasks[0].head, i));
+    store_head_row(dk, T(1), p.dk, sequence, tasks[0].head, i, p.head_dim);
+    store_head_row(dv, T(1), p.dv, sequence, tasks[0].head, i, p.head_dim);
   }
 }
 

@@ -1,4 +1,4 @@
-// The dtypes of the CPU kernels, and what they compute in.
+// The dtypes that the CPU kernels read and write. They compute in fp64 for fp64 and in fp32 for all others.
 #pragma once
 
 #include <cstdint>
@@ -14,15 +14,7 @@ struct Float16 {
 
 enum class DType { kFloat, kDouble, kBFloat16, kFloat16 };
 
-// fp64 computes in fp64, everything else in fp32.
-template <class S>
-struct Accumulator {
-  typedef float type;
-};
-template <>
-struct Accumulator<double> {
-  typedef double type;
-};
+inline int64_t bytes_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
 
 // For processors without F16C, and for the tail of a row.
 inline float half_to_float(Float16 x) {

@@ -13,17 +13,11 @@ const char* cpu_isa_name();
 
 // Calls `function` of the namespace that belongs to this processor.
 #ifdef __x86_64__
-#define BERTOPS_CALL_ISA(function, ...)                   \
-  switch (::bertops::cpu_isa()) {                         \
-    case ::bertops::Isa::kAvx512:                         \
-      ::bertops::avx512::function(__VA_ARGS__);           \
-      break;                                              \
-    case ::bertops::Isa::kAvx2:                           \
-      ::bertops::avx2::function(__VA_ARGS__);             \
-      break;                                              \
-    case ::bertops::Isa::kBaseline:                       \
-      ::bertops::baseline::function(__VA_ARGS__);         \
-      break;                                              \
+#define BERTOPS_CALL_ISA(function, ...)                                                \
+  switch (::bertops::cpu_isa()) {                                                      \
+    case ::bertops::Isa::kAvx512: ::bertops::avx512::function(__VA_ARGS__); break;     \
+    case ::bertops::Isa::kAvx2: ::bertops::avx2::function(__VA_ARGS__); break;         \
+    case ::bertops::Isa::kBaseline: ::bertops::baseline::function(__VA_ARGS__); break; \
   }
 #else
 #define BERTOPS_CALL_ISA(function, ...) ::bertops::baseline::function(__VA_ARGS__)

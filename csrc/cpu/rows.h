@@ -28,7 +28,8 @@ BERTOPS_INLINE void from_float(double x, Float16* to) { from_float(static_cast<f
 
 // to[0..count) = scale * from[0..count), to[count..padded) = 0.
 template <class S, class T>
-inline void load_row(const S* from, int64_t stride, int64_t count, int64_t padded, T scale, T* to) {
+inline void load_row(const S* __restrict from, int64_t stride, int64_t count, int64_t padded, T scale,
+                     T* __restrict to) {
   int64_t i = 0;
   if (stride == 1) {
 #if BERTOPS_ISA_LEVEL >= 1
@@ -48,7 +49,7 @@ inline void load_row(const S* from, int64_t stride, int64_t count, int64_t padde
 
 // to[0..count) = scale * from[0..count), rounded to the dtype of `to`.
 template <class T, class S>
-inline void store_row(const T* from, int64_t count, T scale, S* to) {
+inline void store_row(const T* __restrict from, int64_t count, T scale, S* __restrict to) {
   int64_t i = 0;
 #if BERTOPS_ISA_LEVEL >= 1
   if constexpr (__is_same(S, Float16) && __is_same(T, float)) {
@@ -59,6 +60,32 @@ inline void store_row(const T* from, int64_t count, T scale, S* to) {
   }
 #endif
   for (; i < count; ++i) from_float(from[i] * scale, to + i);
+}
+
+// The same for a dtype known at run time; `offset` in elements.
+template <class T>
+inline void load_as(DType dtype, const void* from, int64_t offset, int64_t stride, int64_t count,
+                    int64_t padded, T scale, T* to) {
+  switch (dtype) {
+    case DType::kFloat:
+      return load_row(static_cast<const float*>(from) + offset, stride, count, padded, scale, to);
+    case DType::kDouble:
+      return load_row(static_cast<const double*>(from) + offset, stride, count, padded, scale, to);
+    case DType::kBFloat16:
+      return load_row(static_cast<const BFloat16*>(from) + offset, stride, count, padded, scale, to);
+    case DType::kFloat16:
+      return load_row(static_cast<const Float16*>(from) + offset, stride, count, padded, scale, to);
+  }
+}
+
+template <class T>
+inline void store_as(DType dtype, const T* from, int64_t count, T scale, void* to, int64_t offset) {
+  switch (dtype) {
+    case DType::kFloat: return store_row(from, count, scale, static_cast<float*>(to) + offset);
+    case DType::kDouble: return store_row(from, count, scale, static_cast<double*>(to) + offset);
+    case DType::kBFloat16: return store_row(from, count, scale, static_cast<BFloat16*>(to) + offset);
+    case DType::kFloat16: return store_row(from, count, scale, static_cast<Float16*>(to) + offset);
+  }
 }
 
 }  // namespace bertops::BERTOPS_ISA

@@ -10,14 +10,16 @@ constexpr int kTileRows<float> = BERTOPS_ISA_LEVEL == 2 ? 8 : 4;
 constexpr int kTileVectors = 2;
 
 // C (kTileRows, V * lanes) = [C +] A (kTileRows, K) B (K, V * lanes); element (r, k) of A is a[r * kRow + k * a_k].
+// Every block of K is summed from zero before it joins C: a running sum over many blocks would lose bits.
 template <int kRow, int V, bool kAdd, class T>
-BERTOPS_INLINE void micro_kernel(int64_t K, const T* a, int64_t a_k, const T* b, int64_t b_k, T* c, int64_t c_row) {
+BERTOPS_INLINE void micro_kernel(int64_t K, const T* a, int64_t a_k, const T* b, int64_t b_k, T* c,
+                                 int64_t c_row) {
   constexpr int R = kTileRows<T>, L = kLanes<T>;
   Vec<T> sum[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int n = 0; n < V; ++n) sum[r][n] = kAdd ? load(c + r * c_row + n * L) : Vec<T>{};
+    for (int n = 0; n < V; ++n) sum[r][n] = Vec<T>{};
   }
   for (int64_t k = 0; k < K; ++k) {
     Vec<T> row[V];
@@ -35,7 +37,10 @@ BERTOPS_INLINE void micro_kernel(int64_t K, const T* a, int64_t a_k, const T* b,
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int n = 0; n < V; ++n) store(c + r * c_row + n * L, sum[r][n]);
+    for (int n = 0; n < V; ++n) {
+      T* to = c + r * c_row + n * L;
+      store(to, kAdd ? load(to) + sum[r][n] : sum[r][n]);
+    }
   }
 }
 

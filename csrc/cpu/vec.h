@@ -30,7 +30,9 @@ BERTOPS_INLINE Vec<T> broadcast(T x) {
 
 BERTOPS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 BERTOPS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-BERTOPS_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+BERTOPS_INLINE int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
@@ -55,7 +57,7 @@ BERTOPS_INLINE Vec<float> exp2(Vec<float> x) {
 }
 
 BERTOPS_INLINE Vec<double> exp2(Vec<double> x) {
-  Vec<double> p;
+  Vec<double> p{};
   for (int lane = 0; lane < kLanes<double>; ++lane) p[lane] = __builtin_exp2(x[lane]);
   return p;
 }

@@ -16,7 +16,8 @@ using Mask = py::array_t<bool, py::array::c_style | py::array::forcecast>;
 // Where the real tokens of a padded (B, N) batch stand, in row order: their flat indices (T,), their positions
 // counted over real tokens (T,), and the offset of every row, cu_seqlens (B + 1,).
 py::tuple unpad(const Mask& mask) {
-  if (mask.ndim() != 2) throw std::invalid_argument("mask must have shape (B, N), got rank " + std::to_string(mask.ndim()));
+  if (mask.ndim() != 2)
+    throw std::invalid_argument("mask must have shape (B, N), got rank " + std::to_string(mask.ndim()));
   const int64_t batch = mask.shape(0), length = mask.shape(1);
   const bool* real = mask.data();
   const int64_t tokens = std::count(real, real + batch * length, true);

@@ -1,0 +1,1 @@
+"""The benchmarks: ``python -m bertops bench`` runs all, ``pytest bench/bench_attention.py`` one op's."""

@@ -1,0 +1,2 @@
+cpu_isa: str
+with_cuda: int

@@ -1,0 +1,7 @@
+"""``python -m bertops``."""
+
+import sys
+
+from bertops.cli import main
+
+sys.exit(main())

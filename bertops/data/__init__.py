@@ -1,0 +1,5 @@
+"""Host side of the data path: numpy in, numpy out, no torch."""
+
+from bertops.data.packing import PackedBatch, Unpadded, pack, unpad
+
+__all__ = ["PackedBatch", "Unpadded", "pack", "unpad"]

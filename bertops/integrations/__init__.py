@@ -1,0 +1,1 @@
+"""bertops inside other libraries: one file a library, imported only on request."""

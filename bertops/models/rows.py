@@ -1,0 +1,133 @@
+"""Which rows of a batch are which: positions, first tokens, and the way from padded to packed and back."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bertops.models.config import BertConfig
+from bertops.ops import _checks
+from bertops.reference import sequence_positions
+
+ID_DTYPES = (torch.int64, torch.int32)
+
+
+def check_ids(input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> None:
+    """``input_ids`` is (B, N), the others the same or (1, N), all of an integer dtype."""
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in ID_DTYPES or input_ids.dim() != 2:
+        raise ValueError(
+            f"input_ids must be int64 or int32 of shape (B, N), got {_checks.describe(input_ids)}"
+        )
+    batch, length = input_ids.shape
+    for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+        if ids is None:
+            continue
+        fits = isinstance(ids, Tensor) and ids.dtype in ID_DTYPES and ids.dim() == 2
+        if not fits or ids.shape not in ((batch, length), (1, length)):
+            raise ValueError(
+                f"{name} must be int64 or int32 of shape {(batch, length)} or {(1, length)}, "
+                f"got {_checks.describe(ids)}"
+            )
+
+
+def check_range(name: str, ids: Tensor, num_rows: int, size: str, *, read: bool = False) -> None:
+    """``ids`` are rows of a table of ``num_rows``, which is the config's ``size``.
+
+    Looks at the values on a CPU; elsewhere that would synchronise, and only happens with ``read``.
+    """
+    if ids.numel() == 0 or torch.compiler.is_compiling() or not (read or ids.device.type == "cpu"):
+        return
+    low, high = (int(x) for x in ids.aminmax())
+    if low < 0 or high >= num_rows:
+        raise ValueError(
+            f"{name} must be from 0 to {num_rows - 1} ({size} is {num_rows}), got {low} to {high}"
+        )
+
+
+def count_positions(input_ids: Tensor, config: BertConfig, cu_seqlens: Tensor | None) -> Tensor:
+    """(1, N) or (B, N): position ids as the config counts them, from the start of every packed sequence."""
+    length = input_ids.shape[1]
+    start = None
+    position = torch.arange(length, device=input_ids.device)
+    if cu_seqlens is not None:
+        _, position = sequence_positions(length, cu_seqlens)
+        start = torch.arange(length, device=input_ids.device) - position
+    if config.position_offset == 0:
+        return position[None]
+    assert config.pad_token_id is not None
+    real = input_ids.ne(config.pad_token_id)
+    count = real.cumsum(1)
+    if start is not None:
+        count = count - (count - real.long())[:, start]
+    return count * real + (config.position_offset - 1)
+
+
+def first_tokens(hidden: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """(number of sequences, C): the first real token of every sequence in ``hidden`` (B, N, C).
+
+    0 for a sequence without a token.
+    """
+    batch, length, width = hidden.shape
+    if length == 0:
+        return hidden.new_zeros(batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, width)
+    if cu_seqlens is not None:
+        start, filled = cu_seqlens[:-1].clamp(max=length - 1), cu_seqlens[1:] > cu_seqlens[:-1]
+    elif mask is not None:
+        real = mask != 0
+        start = real.long().argmax(1) + length * torch.arange(batch, device=hidden.device)
+        filled = real.any(1)
+    else:
+        return hidden[:, 0]
+    return hidden.flatten(0, 1).index_select(0, start).masked_fill(~filled[:, None], 0)
+
+
+def run_unpadded(
+    model: Callable[..., Any],
+    config: BertConfig,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    **outputs: bool,
+) -> Any:
+    """``model`` on the real tokens of a padded batch alone; outputs go back to their places, 0 elsewhere.
+
+    ``model`` is called with ids (1, T) and ``cu_seqlens`` and returns a dataclass. Of its tensors, (1, T, C)
+    become (B, N, C); those that have a row for every sequence stay as they are.
+    """
+    if outputs.get("output_scores"):
+        raise ValueError(
+            "output_scores does not go with unpad: maps of packed rows span the whole batch; leave unpad out"
+        )
+    check_ids(input_ids, token_type_ids, position_ids)
+    batch, length = input_ids.shape
+    mask = _checks.check_rows(mask, None, input_ids[:, None, :, None])
+    if mask is None:
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+    if position_ids is None:
+        position_ids = count_positions(input_ids, config, None)
+    indices = mask.flatten().nonzero().squeeze(1)
+    cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+
+    def pack(ids: Tensor) -> Tensor:
+        return ids.expand(batch, length).flatten().index_select(0, indices)[None]
+
+    def unpack(x: object) -> object:
+        if isinstance(x, tuple):
+            return tuple(unpack(item) for item in x)
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            return x
+        padded = x.new_zeros(batch * length, x.shape[2]).index_copy(0, indices, x[0])
+        return padded.unflatten(0, (batch, length))
+
+    output = model(
+        pack(input_ids),
+        token_type_ids=None if token_type_ids is None else pack(token_type_ids),
+        position_ids=pack(position_ids),
+        cu_seqlens=cu_seqlens,
+        **outputs,
+    )
+    return replace(output, **{field.name: unpack(getattr(output, field.name)) for field in fields(output)})

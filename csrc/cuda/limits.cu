@@ -1,0 +1,73 @@
+// Kernels that measure what the GPU can do at most; the bench prints every kernel's share of it.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <tuple>
+
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int kThreads = 256;
+constexpr int kBlocksPerSm = 8;  // 2048 threads, all that an SM holds
+constexpr int kChains = 4;
+
+// ---- CUDA kernels
+
+// `steps` ex2 on each of kChains values a thread: MUFU.EX2, what exp2f and Triton's exp2 become.
+__global__ void exp_kernel(int64_t steps, float* sums) {
+  float x[kChains];
+  for (int i = 0; i < kChains; ++i) x[i] = -0.001f * static_cast<float>(threadIdx.x + i);
+  for (int64_t step = 0; step < steps; ++step) {
+#pragma unroll
+    for (int i = 0; i < kChains; ++i) asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(x[i]));
+  }
+  float sum = 0;
+  for (int i = 0; i < kChains; ++i) sum += x[i];
+  sums[static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x] = sum;
+}
+
+__global__ void empty_kernel() {}
+
+// ---- kernel launchers
+
+cudaStream_t current_stream(const Tensor& like) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "bertops limits: ", cudaGetErrorString(error));
+}
+
+// A sum a thread, so that nothing is optimised away, and the number of exponentials.
+std::tuple<Tensor, int64_t> limits_exp(const Tensor& like, int64_t steps) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  int sms = 0;
+  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, like.get_device_index()));
+  const int64_t blocks = static_cast<int64_t>(sms) * kBlocksPerSm;
+  Tensor sums = torch::stable::new_empty(like, {blocks * kThreads}, torch::headeronly::ScalarType::Float);
+  exp_kernel<<<blocks, kThreads, 0, current_stream(like)>>>(steps, static_cast<float*>(sums.data_ptr()));
+  check(cudaGetLastError());
+  return {sums, blocks * kThreads * kChains * steps};
+}
+
+void limits_launch(const Tensor& like) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  empty_kernel<<<1, 1, 0, current_stream(like)>>>();
+  check(cudaGetLastError());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bertops, CUDA, m) {
+  m.impl("_limits_exp", TORCH_BOX(&limits_exp));
+  m.impl("_limits_launch", TORCH_BOX(&limits_launch));
+}

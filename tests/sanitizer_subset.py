@@ -1,0 +1,50 @@
+"""Every op once, forward and backward, on shapes that leave tiles half filled: what compute-sanitizer runs.
+
+Usage: compute-sanitizer --tool memcheck python tests/sanitizer_subset.py [device]
+"""
+
+import sys
+
+import torch
+
+import bertops
+
+LENGTHS = (37, 100)
+OPTIONS = {
+    "plain": {},
+    "mask": {"mask": True},
+    "window": {"window": 9},
+    "dropout": {"dropout_p": 0.1, "mask": True},
+    "packed": {"cu_seqlens": True},
+}
+
+
+def run(op, dtype: torch.dtype, length: int, head_dim: int, options: dict, device: str) -> None:
+    batch = 1 if "cu_seqlens" in options else 2
+    q, k, v = (torch.randn(batch, 2, length, head_dim, device=device, dtype=dtype) for _ in range(3))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    options = dict(options)
+    if options.pop("mask", False):
+        real = torch.tensor([[length], [length // 3]], device=device)
+        options["mask"] = torch.arange(length, device=device) < real
+    if options.pop("cu_seqlens", False):
+        options["cu_seqlens"] = torch.tensor([0, 5, length], device=device, dtype=torch.int32)
+    outputs = op(*inputs, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    assert all(x.grad.isfinite().all() for x in inputs), (op.__name__, dtype, length, head_dim, options)
+
+
+def main() -> None:
+    device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+    torch.manual_seed(0)
+    for op in (bertops.attention, bertops.attention_with_scores):
+        for name, options in OPTIONS.items():
+            for dtype, head_dim in ((torch.float32, 24), (torch.bfloat16, 64)):
+                for length in LENGTHS:
+                    run(op, dtype, length, head_dim, options, device)
+            print(f"{op.__name__} {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
