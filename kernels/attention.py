@@ -66,8 +66,9 @@ def _visit_keys(
     queries = first + tl.arange(0, BLOCK_M)
     tile_offsets = tl.arange(0, BLOCK_M)[:, None] * scores_stride + tl.arange(0, BLOCK_N)[None, :]
     slope = tl.maximum(scale, 1e-30)  # 0 would make NaN of a masked key's -inf
-    for key in range(begin, stop, BLOCK_N):
-        key = tl.multiple_of(key, BLOCK_N)
+    # counted from a constant: Triton 3.9 does not pipeline a loop that starts where another one ended
+    for key in range(0, stop - begin, BLOCK_N):
+        key = tl.multiple_of(begin + key, BLOCK_N)
         keys = key + tl.arange(0, BLOCK_N)
         step = tl.cast(key, tl.int64)
         real_keys = keys < end

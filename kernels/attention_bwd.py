@@ -75,8 +75,8 @@ def _visit_keys(
     if grad_scores is not None:
         rows = tl.arange(0, BLOCK_M)[:, None] * grad_scores_strides[2]
         tile_offsets = rows + tl.arange(0, BLOCK_N)[None, :] * grad_scores_strides[3]
-    for key in range(begin, stop, BLOCK_N):
-        key = tl.multiple_of(key, BLOCK_N)
+    for key in range(0, stop - begin, BLOCK_N):
+        key = tl.multiple_of(begin + key, BLOCK_N)
         keys = key + tl.arange(0, BLOCK_N)
         step = tl.cast(key, tl.int64)
         pairs = real[:, None]
@@ -261,8 +261,8 @@ def _visit_queries(
     if grad_scores is not None:
         columns = tl.arange(0, BLOCK_N)[:, None] * grad_scores_strides[3]
         tile_offsets = columns + tl.arange(0, BLOCK_M)[None, :] * grad_scores_strides[2]
-    for query in range(begin, stop, BLOCK_M):
-        query = tl.multiple_of(query, BLOCK_M)
+    for query in range(0, stop - begin, BLOCK_M):
+        query = tl.multiple_of(begin + query, BLOCK_M)
         queries = query + tl.arange(0, BLOCK_M)
         step = tl.cast(query, tl.int64)
         pairs = real[:, None]

@@ -48,11 +48,11 @@ _SM80 = {
 }
 _SM90 = {
     "attention_fwd": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-    "attention_with_scores_fwd": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+    "attention_with_scores_fwd": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
     "attention_bwd_dq": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
-    "attention_bwd_dkv": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)),
+    "attention_bwd_dkv": ((32, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)),
     "attention_bwd_dq_scores": ((64, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
-    "attention_bwd_dkv_scores": ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    "attention_bwd_dkv_scores": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
 }
 # Blackwell's tensor cores take no fewer than 64 rows.
 _SM100 = {
@@ -69,7 +69,7 @@ _DROPOUT = {
         "attention_with_scores_fwd": ((128, 32, 8, 2), (32, 32, 4, 2)),
     },
     90: {
-        "attention_with_scores_fwd": ((128, 64, 8, 2), (64, 64, 8, 2)),
+        "attention_fwd": ((128, 64, 8, 3), (128, 64, 8, 2)),
         "attention_bwd_dkv": ((32, 64, 4, 2), (32, 64, 8, 2)),
         "attention_bwd_dq_scores": ((64, 32, 8, 2), (64, 32, 8, 2)),
         "attention_bwd_dkv_scores": ((32, 64, 8, 2), (32, 32, 8, 1)),
@@ -95,7 +95,8 @@ _FP32 = {
 def block_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, dropout: bool) -> BlockConfig:
     """Block sizes of ``kernel`` on an architecture: 10 * major + minor, or 0 for the interpreter."""
     if arch == INTERPRETER:
-        return BlockConfig(16, 32, 4, 1)
+        # in fp32 square, so that the BLAS under the interpreter sums Q K^T and dO V^T in one order everywhere
+        return BlockConfig(16, 16 if dtype == torch.float32 else 32, 4, 1)
     column = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     if dtype == torch.float32:
         return BlockConfig(*_FP32[kernel][column])
