@@ -30,6 +30,9 @@ CASES = [
     Case(batch=1, length=64, lengths=(20, 1, 0, 43), options={"dropout_p": 0.3}),
     Case(length=50, packed_projection=True, padding="right"),
     *(Case(length=65, head_dim=32, dtype=dtype, padding="right") for dtype in HALF),
+    Case(length=70, dtype=torch.float16, padding="holes", options={"window": 20}),
+    Case(length=70, dtype=torch.float16, padding="left", options={"dropout_p": 0.3}),
+    Case(batch=1, length=90, dtype=torch.float16, lengths=(20, 1, 0, 69), options={"window": 30}),
 ]
 
 

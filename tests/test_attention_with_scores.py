@@ -20,6 +20,8 @@ CASES = [
     Case(length=37, padding="right", options={"dropout_p": 0.3}),
     Case(length=50, packed_projection=True, padding="right"),
     *(Case(length=65, head_dim=32, dtype=dtype, padding="right") for dtype in HALF),
+    Case(length=70, dtype=torch.float16, padding="holes", options={"window": 20}),
+    Case(batch=1, length=90, dtype=torch.float16, lengths=(20, 1, 0, 69), options={"dropout_p": 0.3}),
     *(
         Case(length=65, head_dim=32, dtype=dtype, padding="holes", options={"scores_dtype": torch.float32})
         for dtype in HALF
