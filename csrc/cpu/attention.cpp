@@ -1,4 +1,5 @@
-// CPU kernels of attention and attention_with_scores: tensors in, tasks out. The loops are in attention_tiles.h.
+// CPU kernels of attention and attention_with_scores: tensors in, tasks out. The loops are in attention_forward.h
+// and attention_backward.h.
 #include "cpu/attention.h"
 
 #include <cmath>
@@ -11,7 +12,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
-#define BERTOPS_PER_ISA "cpu/attention_tiles.h"
+#define BERTOPS_PER_ISA "cpu/attention_isa.h"
 #include "cpu/foreach_isa.h"
 
 namespace bertops {

@@ -1,4 +1,4 @@
-// What the tensor side of attention (attention.cpp) hands to the loops (attention_tiles.h).
+// What the tensor side of attention (attention.cpp) hands to the loops (attention_forward.h, attention_backward.h).
 #pragma once
 
 #include <cstdint>
