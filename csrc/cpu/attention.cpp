@@ -1,5 +1,5 @@
-// CPU kernels of attention and attention_with_scores: tensors in, tasks out. The loops are in attention_forward.h
-// and attention_backward.h.
+// CPU kernels of attention and attention_with_scores: tensors in, tasks out. The loops are in
+// attention_forward.h and attention_backward.h.
 #include "cpu/attention.h"
 
 #include <cmath>
