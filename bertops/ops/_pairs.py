@@ -1,4 +1,4 @@
-"""What the losses between a teacher's and a student's attention share: checks, and the mean over real rows."""
+"""What the losses between two models' attention share: checks, and the mean over real rows."""
 
 import math
 

@@ -66,8 +66,8 @@ def attention_kl(
         RuntimeError: no kernel for this device, or the chosen ``impl`` is not available; says why.
 
     ``mean`` is MiniLM's :math:`L_{AT}` over the real tokens. MobileBERT's attention transfer in its official
-    code is the cross-entropy, which has the same gradient and is larger by the teacher's entropy, over all B *
-    H * N rows: multiply by the share of real rows.
+    code is the cross-entropy over all B * H * N rows: the same gradient times the share of real rows, and a
+    value larger by the teacher's entropy.
 
     Source: Wang et al. 2020 (MiniLM), section 3.1, equation 6; Sun et al. 2020 (MobileBERT), section 3.4.
     """

@@ -68,8 +68,8 @@ def attention_score_mse(
             grad does not.
         RuntimeError: no kernel for this device, or the chosen ``impl`` is not available; says why.
 
-    TinyBERT's official code divides by all B * H * N^2 pairs, padding included, and sums over layers: multiply
-    by the share of real pairs. It also takes genuine scores of -100 and less for masked ones and zeroes them;
+    TinyBERT's official code divides by all B * H * N^2 pairs, padding included, and sums over layers:
+    multiply by the share of real pairs. It also takes genuine scores of -100 and less for masked ones and zeroes them;
     here they count.
 
     Source: Jiao et al. 2020 (TinyBERT), section 3.1, equation 7.
@@ -81,9 +81,9 @@ def attention_score_mse(
     if reduction == "none" and form == "gram":
         raise ValueError("form must be 'direct' or 'auto' with reduction='none', got 'gram': it has no rows")
     backend = _backend.resolve("attention_score_mse", impl, q_s.device)
-    gram = form == "gram" or (
-        form == "auto" and reduction != "none" and _gram_is_cheaper(q_s, q_t, cu_seqlens)
-    )
+    gram = form == "gram"
+    if form == "auto" and reduction != "none":
+        gram = _gram_is_cheaper(q_s, q_t, cu_seqlens)
     if backend == "reference":
         loss = reference.attention_score_mse(*arguments)
     elif _pairs.needs_grad(q_s, k_s):

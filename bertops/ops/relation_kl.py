@@ -67,7 +67,8 @@ def relation_kl(
     ``mean`` is MiniLM's :math:`L_{VR}` and one term of MiniLMv2's loss, whose three relations have weight 1
     each. Their training code was never published.
 
-    Source: Wang et al. 2020 (MiniLM), section 3.2, equations 7 to 9; Wang et al. 2021 (MiniLMv2), section 3.1.
+    Source: Wang et al. 2020 (MiniLM), section 3.2, equations 7 to 9; Wang et al. 2021 (MiniLMv2), section
+    3.1.
     """
     if num_relation_heads is not None:
         x_s = _split_heads("x_s", x_s, num_relation_heads)
