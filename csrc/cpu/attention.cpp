@@ -112,7 +112,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out, std::op
   p.dv = heads_of(dv);
 
   std::vector<HeadTask> tasks = tasks_of(rows, p.heads, kQueriesPerBackwardTask);
-  const PartialSums sums(tasks, 2 * padded(p.head_dim) * accumulator_bytes(dtype));
+  const int64_t row_bytes = 2 * padded(p.head_dim) * accumulator_bytes(dtype);
+  const PartialSums sums(tasks, [&](int64_t count) { return padded(count) * row_bytes; });
   const int64_t bytes = attention_backward_scratch(rows.longest, p.head_dim) * accumulator_bytes(dtype);
   run_tasks(tasks.size(), bytes, [&](int64_t task, void* scratch) {
     BERTOPS_DISPATCH(dtype, attention_backward, p, tasks[task], scratch)

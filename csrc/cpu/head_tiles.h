@@ -40,18 +40,26 @@ inline void fill(T* to, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
-// Real rows into panels (count / L, width, L): the rows of a panel side by side, as the broadcast operand of a
-// product over the head dim. `rows` is (L, width) scratch.
-template <class T>
-inline void load_panels(const Heads& from, const Sequence& sequence, int64_t head, int64_t head_dim,
-                        int64_t width, T* rows, T* panels) {
+// `count` rows into panels (count / L, width, L): the rows of a panel side by side, as the broadcast operand of a
+// product over the head dim. load(i, to) writes row i; `rows` is (L, width) scratch.
+template <class T, class Load>
+inline void fill_panels(int64_t count, int64_t width, T* rows, T* panels, const Load& load_row) {
   constexpr int64_t L = kLanes<T>;
-  for (int64_t first = 0; first < sequence.count; first += L, panels += width * L) {
-    const int64_t last = min_of(first + L, sequence.count);
-    load_rows(from, sequence, head, first, last, head_dim, width, T(1), rows);
+  for (int64_t first = 0; first < count; first += L, panels += width * L) {
+    const int64_t last = min_of(first + L, count);
+    for (int64_t i = first; i < last; ++i) load_row(i, rows + (i - first) * width);
     fill(rows + (last - first) * width, (first + L - last) * width, T(0));
     transpose(rows, width, L, width, panels, L);
   }
+}
+
+// All real rows into panels.
+template <class T>
+inline void load_panels(const Heads& from, const Sequence& sequence, int64_t head, int64_t head_dim,
+                        int64_t width, T* rows, T* panels) {
+  fill_panels(sequence.count, width, rows, panels, [&](int64_t i, T* to) {
+    load_rows(from, sequence, head, i, i + 1, head_dim, width, T(1), to);
+  });
 }
 
 // (width, kQueryBlock) = rows [first, last) transposed, zero beyond them. `rows` is (kQueryBlock, width).

@@ -127,11 +127,29 @@ inline std::vector<HeadTask> tasks_of(const Rows& rows, int64_t heads, int64_t q
   return tasks;
 }
 
-// Memory for the sums over queries wherever several tasks share a sequence and head: each sums for itself, and
-// `reduce` adds the parts up in their order.
+// The real rows of every sequence and head in tasks of `rows_per_task`, at least one: whatever the threads, the same.
+inline std::vector<HeadTask> equal_tasks_of(const Rows& rows, int64_t heads, int64_t rows_per_task) {
+  std::vector<HeadTask> tasks;
+  for (const Sequence& sequence : rows.sequences) {
+    for (int64_t head = 0; head < heads; ++head) {
+      int64_t first = 0;
+      do {
+        const int64_t last = std::min(sequence.count, first + rows_per_task);
+        tasks.push_back({&sequence, head, first, last, nullptr});
+        first = last;
+      } while (first < sequence.count);
+    }
+  }
+  return tasks;
+}
+
+// Memory for sums wherever several tasks share a sequence and head: each sums for itself, and `reduce` adds the
+// parts up in their order.
 class PartialSums {
  public:
-  PartialSums(std::vector<HeadTask>& tasks, int64_t bytes_per_row) : tasks_(tasks) {
+  // A task over a sequence of `count` real rows takes bytes_of(count).
+  template <class BytesOf>
+  PartialSums(std::vector<HeadTask>& tasks, const BytesOf& bytes_of) : tasks_(tasks) {
     int64_t bytes = 0;
     for (size_t t = 0; t < tasks.size(); ++t) {
       const bool same = !groups_.empty() && tasks[groups_.back().first].sequence == tasks[t].sequence &&
@@ -143,14 +161,14 @@ class PartialSums {
       }
     }
     for (const auto& [first, parts] : groups_) {
-      if (parts > 1) bytes += parts * padded(tasks[first].sequence->count) * bytes_per_row;
+      if (parts > 1) bytes += parts * bytes_of(tasks[first].sequence->count);
     }
     memory_.resize(bytes);
     char* next = memory_.data();
     for (const auto& [first, parts] : groups_) {
       for (int64_t t = first; parts > 1 && t < first + parts; ++t) {
         tasks[t].sums = next;
-        next += padded(tasks[t].sequence->count) * bytes_per_row;
+        next += bytes_of(tasks[t].sequence->count);
       }
     }
   }
