@@ -27,7 +27,10 @@ struct ScoreMSE {
 inline bool same_head_dim(const ScoreMSE& p) { return p.head_dim_s == p.head_dim_t; }
 inline int64_t pair_dim(const ScoreMSE& p) { return p.head_dim_s + p.head_dim_t; }
 
-constexpr int64_t kGramBlock = 128;         // rows of P and R in scratch
+// Sums of a Gram in three steps, and products with it in two: long running sums lose digits that a row of A - B, with
+// its many independent errors, keeps.
+constexpr int64_t kGramBlock = 32;          // rows of P and R in scratch, and columns of a product
+constexpr int64_t kGramPart = 256;          // rows that join a Gram together
 constexpr int64_t kRowsPerGramTask = 1024;  // fixed: sums must not depend on the number of threads
 
 // Elements of scratch that a task over `count` rows needs.
@@ -39,7 +42,7 @@ inline int64_t direct_scratch(const ScoreMSE& p, int64_t count) {
 }
 inline int64_t gram_scratch(const ScoreMSE& p) {
   const int64_t width = padded(pair_dim(p));
-  return 2 * kGramBlock * width + 2 * width * width + kPadding * width;
+  return 2 * kGramBlock * width + 4 * width * width;
 }
 inline int64_t gram_grad_scratch(const ScoreMSE& p) {
   const int64_t width = padded(pair_dim(p)), width_s = padded(p.head_dim_s);

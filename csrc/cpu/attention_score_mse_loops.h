@@ -177,16 +177,22 @@ void gram_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
   Scratch<T> scratch{static_cast<T*>(memory)};
   T* p_rows = scratch.take(kGramBlock * width);
   T* r_rows = scratch.take(kGramBlock * width);
+  T* part = scratch.take(2 * width * width);
   T* grams = task.sums != nullptr ? static_cast<T*>(task.sums) : scratch.take(2 * width * width);
   fill(grams, 2 * width * width, T(0));
-  for (int64_t first = task.first; first < task.last; first += kGramBlock) {
-    const int64_t rows = min_of(kGramBlock, task.last - first);
-    for (int64_t i = 0; i < rows; ++i) {
-      load_p_row(p, task, first + i, width, p_rows + i * width, 0, static_cast<T*>(nullptr));
-      load_r_row(p, task, first + i, width, r_rows + i * width);
+  for (int64_t begin = task.first; begin < task.last; begin += kGramPart) {
+    fill(part, 2 * width * width, T(0));
+    const int64_t end = min_of(begin + kGramPart, task.last);
+    for (int64_t first = begin; first < end; first += kGramBlock) {
+      const int64_t rows = min_of(kGramBlock, end - first);
+      for (int64_t i = 0; i < rows; ++i) {
+        load_p_row(p, task, first + i, width, p_rows + i * width, 0, static_cast<T*>(nullptr));
+        load_r_row(p, task, first + i, width, r_rows + i * width);
+      }
+      add_gram(p_rows, rows, width, part);
+      add_gram(r_rows, rows, width, part + width * width);
     }
-    add_gram(p_rows, rows, width, grams);
-    add_gram(r_rows, rows, width, grams + width * width);
+    for (int64_t i = 0; i < 2 * width * width; ++i) grams[i] += part[i];
   }
   if (task.sums == nullptr) store_grams(p, task, grams);
 }
@@ -228,8 +234,12 @@ void gram_grad_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
   for (int64_t first = task.first; first < task.last; first += L) {
     const int64_t count = min_of(L, task.last - first);
     const auto multiply = [&](const T* matrix, T scale, const Heads& to) {
-      for (int64_t i = 0; i < L; i += kTileRows<T>) {
-        tile_row<1, false>(width_s, dim, panel + i, L, matrix, width_s, grads + i * width_s, width_s);
+      fill(grads, L * width_s, T(0));
+      for (int64_t k = 0; k < dim; k += kGramBlock) {
+        for (int64_t i = 0; i < L; i += kTileRows<T>) {
+          tile_row<1, true>(width_s, min_of(kGramBlock, dim - k), panel + k * L + i, L, matrix + k * width_s,
+                            width_s, grads + i * width_s, width_s);
+        }
       }
       for (int64_t i = 0; i < count; ++i) {
         store_head_row(grads + i * width_s, scale, to, sequence, task.head, first + i, dim_s);
