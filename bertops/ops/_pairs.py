@@ -1,6 +1,7 @@
 """What the losses between two models' attention share: checks, and the mean over real rows."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,3 +93,12 @@ def count_pairs(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Te
 
 def needs_grad(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """``grad`` times the saved gradients of the sum, in the student's dtype; for inputs from the third on."""
+    needed = ctx.needs_input_grad[2:]
+    return tuple(
+        (grad * x).to(ctx.dtype) if wanted else None
+        for x, wanted in zip(ctx.saved_tensors, needed, strict=False)
+    )

@@ -117,10 +117,7 @@ class _AttentionKL(torch.autograd.Function):
         if grad is None:
             return (None,) * 12
         if ctx.grads_ready:
-            grads = tuple(
-                (grad * x).to(ctx.dtype) if needed else None
-                for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:4], strict=True)
-            )
+            grads = _pairs.scaled(ctx, grad)
         else:
             *inputs, lse_s, lse_t = ctx.saved_tensors
             grad_rows = grad.expand(lse_s.shape) if ctx.reduced else grad

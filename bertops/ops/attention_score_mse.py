@@ -14,6 +14,7 @@ GRAM_FROM = 1.7  # N over the mean head dim from which the Gram form does fewer 
 
 _fwd = torch.ops.bertops.attention_score_mse_fwd.default
 _bwd = torch.ops.bertops.attention_score_mse_bwd.default
+_with_grads = torch.ops.bertops.attention_score_mse_with_grads.default
 _gram_fwd = torch.ops.bertops.attention_score_mse_gram_fwd.default
 _gram_bwd = torch.ops.bertops.attention_score_mse_gram_bwd.default
 
@@ -84,17 +85,21 @@ def attention_score_mse(
     gram = form == "gram"
     if form == "auto" and reduction != "none":
         gram = _gram_is_cheaper(q_s, q_t, cu_seqlens)
+    reduced = reduction != "none"
     if backend == "reference":
         loss = reference.attention_score_mse(*arguments)
+        loss = loss.sum() if reduced else loss
     elif _pairs.needs_grad(q_s, k_s):
-        loss = (_ScoreMSEGram if gram else _ScoreMSE).apply(backend, *arguments)
-    elif gram:
-        loss = _kernel(backend, "attention_score_mse_gram_fwd")(*arguments)[0]
+        loss = (
+            _ScoreMSEGram.apply(backend, *arguments)
+            if gram
+            else _ScoreMSE.apply(backend, reduced, *arguments)
+        )
     else:
-        loss = _kernel(backend, "attention_score_mse_fwd")(*arguments)
-    if reduction == "none":
-        return loss
-    return loss.sum() / _pairs.count_pairs(q_s, mask, cu_seqlens) if reduction == "mean" else loss.sum()
+        name = "attention_score_mse_gram_fwd" if gram else "attention_score_mse_fwd"
+        loss = _kernel(backend, name)(*arguments)
+        loss = loss[0].sum() if gram else loss.sum() if reduced else loss
+    return loss / _pairs.count_pairs(q_s, mask, cu_seqlens) if reduction == "mean" else loss
 
 
 def _gram_is_cheaper(q_s: Tensor, q_t: Tensor, cu_seqlens: Tensor | None) -> bool:
@@ -103,23 +108,38 @@ def _gram_is_cheaper(q_s: Tensor, q_t: Tensor, cu_seqlens: Tensor | None) -> boo
 
 
 class _ScoreMSE(torch.autograd.Function):
-    """(B, H, N) sums over the keys of every row, tile by tile."""
+    """Direct form: the sum over all pairs where ``reduced``, else (B, H, N) sums over the keys of every row.
+
+    The CPU kernel forms the gradient of the sum along with it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, backend: str, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, backend: str, reduced: bool, *arguments: Any) -> Tensor:
         ctx.set_materialize_grads(False)
+        ctx.backend, ctx.reduced, ctx.grads_ready = backend, reduced, reduced and backend == "cpu"
         *tensors, ctx.scale_s, ctx.scale_t = arguments
-        ctx.backend = backend
-        ctx.save_for_backward(*tensors)
-        return _kernel(backend, "attention_score_mse_fwd")(*arguments)
+        if ctx.grads_ready:
+            rows, dq_s, dk_s = _with_grads(*arguments)
+            ctx.save_for_backward(dq_s, dk_s)
+            ctx.dtype = tensors[0].dtype
+        else:
+            rows = _kernel(backend, "attention_score_mse_fwd")(*arguments)
+            ctx.save_for_backward(*tensors)
+            ctx.shape = rows.shape
+        return rows.sum() if reduced else rows
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor | None) -> tuple:
-        if grad_rows is None:
-            return (None,) * 9
-        kernel = _kernel(ctx.backend, "attention_score_mse_bwd")
-        return None, *kernel(grad_rows, *ctx.saved_tensors, ctx.scale_s, ctx.scale_t), *(None,) * 6
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        if grad is None:
+            return (None,) * 10
+        if ctx.grads_ready:
+            grads = _pairs.scaled(ctx, grad)
+        else:
+            grad_rows = grad.expand(ctx.shape) if ctx.reduced else grad
+            kernel = _kernel(ctx.backend, "attention_score_mse_bwd")
+            grads = kernel(grad_rows, *ctx.saved_tensors, ctx.scale_s, ctx.scale_t)
+        return None, None, *grads, *(None,) * 6
 
 
 class _ScoreMSEGram(torch.autograd.Function):

@@ -126,8 +126,7 @@ class _RelationKL(torch.autograd.Function):
         if grad is None:
             return (None,) * 8
         if ctx.grads_ready:
-            (dx_s,) = ctx.saved_tensors
-            dx_s = (grad * dx_s).to(ctx.dtype)
+            (dx_s,) = _pairs.scaled(ctx, grad)
         else:
             *inputs, lse_s, lse_t = ctx.saved_tensors
             grad_rows = grad.expand(lse_s.shape) if ctx.reduced else grad

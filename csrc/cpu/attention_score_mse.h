@@ -16,10 +16,10 @@ struct ScoreMSE {
   double scale_s, scale_t;
   // direct form
   void* rows;       // (B, H, N) contiguous, in the type of the computation, or null
-  Heads grad_rows;  // (B, H, N)
+  Heads grad_rows;  // (B, H, N); null data: ones
   // Gram form
-  void* sums;        // (sequences, H) contiguous
-  void* grams;       // (sequences, H, 2, D_s + D_t, D_s + D_t) contiguous: P^T P, R^T R
+  void* sums;   // (sequences, H) contiguous
+  void* grams;  // (sequences, H, 2, D_s + D_t, D_s + D_t) contiguous: the upper halves of P^T P and R^T R
   const void* grad;  // one number
   Heads dq, dk;      // null data: no gradient
 };
@@ -36,9 +36,8 @@ constexpr int64_t kRowsPerGramTask = 1024;  // fixed: sums must not depend on th
 // Elements of scratch that a task over `count` rows needs.
 inline int64_t direct_scratch(const ScoreMSE& p, int64_t count) {
   const int64_t rows = padded(count), width = padded(pair_dim(p)), width_s = padded(p.head_dim_s);
-  const int64_t queries = kQueryBlock * (2 * width + 3 * width_s);
-  return rows * (2 * width + width_s) + queries + kKeyBlock * kQueryBlock + 2 * kQueryBlock +
-         2 * kPadding * width;
+  const int64_t queries = 2 * kQueryBlock * (width + width_s + 1), tile = kKeyBlock * kQueryBlock;
+  return rows * (width + 2 * width_s) + queries + tile + kPadding * width;
 }
 inline int64_t gram_scratch(const ScoreMSE& p) {
   const int64_t width = padded(pair_dim(p));

@@ -73,12 +73,13 @@ void direct_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
   const Sequence& sequence = *task.sequence;
   const int64_t head = task.head, count = sequence.count, rows = round_up(count, kPadding);
   const int64_t width = round_up(pair_dim(p), kLanes<T>), width_s = round_up(p.head_dim_s, kLanes<T>);
-  const bool with_grads = p.dq.data != nullptr;
-  T* sums = static_cast<T*>(p.rows) + (sequence.batch * p.heads + head) * p.length + sequence.begin;
+  const bool with_rows = p.rows != nullptr, with_grads = p.dq.data != nullptr;
+  const int64_t offset = (sequence.batch * p.heads + head) * p.length + sequence.begin;
+  T* sums = with_rows ? static_cast<T*>(p.rows) + offset : nullptr;
   if (task.first == 0 && !sequence.dense) {
     if (with_grads) clear_unreal_grads<T>(p, task);
     int64_t next = 0, position = -1;
-    while (!with_grads && (position = next_unreal(sequence, position + 1, next)) < sequence.length) {
+    while (with_rows && (position = next_unreal(sequence, position + 1, next)) < sequence.length) {
       sums[position] = 0;
     }
   }
@@ -93,7 +94,8 @@ void direct_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
   T* q_rows = scratch.take(kQueryBlock * width_s);
   T* dq = scratch.take(kQueryBlock * width_s);  // (width_s, queries)
   T* tile = scratch.take(kKeyBlock * kQueryBlock);
-  T* row = scratch.take(kQueryBlock);  // the sum of a query, or its gradient
+  T* row_sums = scratch.take(kQueryBlock);
+  T* row_grads = scratch.take(kQueryBlock);
 
   fill_panels(count, width, few_rows, r, [&](int64_t i, T* to) { load_r_row(p, task, i, width, to); });
   if (with_grads) {
@@ -106,28 +108,26 @@ void direct_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
       load_p_row(p, task, first + i, width, p_rows + i * width, width_s, q_rows + i * width_s);
     }
     to_lanes(p_rows, queries, width, lanes);
-    fill(row, kQueryBlock, T(0));
+    fill(row_sums, kQueryBlock, T(0));
+    fill(row_grads, kQueryBlock, T(2));
     fill(dq, width_s * kQueryBlock, T(0));
-    for (int64_t i = 0; with_grads && i < queries; ++i) {
+    for (int64_t i = 0; p.grad_rows.data != nullptr && i < queries; ++i) {
       const int64_t at = row_offset(p.grad_rows, sequence, head, first + i);
-      load_as(p.grad_rows.dtype, p.grad_rows.data, at, 1, 1, 1, T(2), row + i);
+      load_as(p.grad_rows.dtype, p.grad_rows.data, at, 1, 1, 1, T(2), row_grads + i);
     }
     for (int64_t key = 0; key < count; key += kKeyBlock) {
       const int64_t end = min_of(key + kKeyBlock, count), keys = end - key;
       scores_tile(r, key, end, pair_dim(p), width, lanes, columns, tile);
-      if (!with_grads) {
-        add_squares(keys, columns, tile, row);
-        continue;
-      }
-      scale_columns(keys, columns, row, tile);
+      if (with_rows) add_squares(keys, columns, tile, row_sums);
+      if (!with_grads) continue;
+      scale_columns(keys, columns, row_grads, tile);
       add_to_rows(tile, keys, queries, q_rows, width_s, dk + key * width_s);
       add_to_lanes(k_rows + key * width_s, keys, width_s, tile, columns, dq);
     }
     transpose(dq, kQueryBlock, width_s, columns, q_rows, width_s);
     for (int64_t i = 0; i < queries; ++i) {
-      if (!with_grads) {
-        sums[sequence.position[first + i]] = row[i];
-      } else {
+      if (with_rows) sums[sequence.position[first + i]] = row_sums[i];
+      if (with_grads) {
         store_head_row(q_rows + i * width_s, static_cast<T>(p.scale_s), p.dq, sequence, head, first + i,
                        p.head_dim_s);
       }
@@ -152,23 +152,28 @@ inline void add_gram(const T* x, int64_t rows, int64_t width, T* gram) {
   }
 }
 
-// From the upper halves of P^T P and R^T R, which follow each other: the loss of a head, and both in full.
+// The loss of a head, and its Grams on and above the diagonal, from P^T P and R^T R, which follow each other.
 template <class T>
 inline void store_grams(const ScoreMSE& p, const HeadTask& task, const T* grams) {
+  constexpr int64_t kSums = 8;
   const int64_t dim = pair_dim(p), width = round_up(dim, kLanes<T>);
   const int64_t place = task.sequence->identity * p.heads + task.head;
   T* to = static_cast<T*>(p.grams) + place * 2 * dim * dim;
-  double sum = 0;
+  double total = 0;
   for (int64_t i = 0; i < dim; ++i) {
-    for (int64_t j = 0; j < dim; ++j) {
-      const int64_t from = i < j ? i * width + j : j * width + i;
-      const T of_p = grams[from], of_r = grams[width * width + from];
-      to[i * dim + j] = of_p;
-      to[(dim + i) * dim + j] = of_r;
-      sum += static_cast<double>(of_p) * of_r;
+    const T *of_p = grams + i * width, *of_r = of_p + width * width;
+    __builtin_memcpy(to + i * dim + i, of_p + i, (dim - i) * sizeof(T));
+    __builtin_memcpy(to + (dim + i) * dim + i, of_r + i, (dim - i) * sizeof(T));
+    double sums[kSums] = {};
+    int64_t j = i + 1;
+    for (; j + kSums <= dim; j += kSums) {
+      for (int64_t n = 0; n < kSums; ++n) sums[n] += static_cast<double>(of_p[j + n]) * of_r[j + n];
     }
+    for (; j < dim; ++j) sums[0] += static_cast<double>(of_p[j]) * of_r[j];
+    for (int64_t n = 0; n < kSums; ++n) total += 2 * sums[n];
+    total += static_cast<double>(of_p[i]) * of_r[i];
   }
-  static_cast<T*>(p.sums)[place] = static_cast<T>(sum);
+  static_cast<T*>(p.sums)[place] = static_cast<T>(total);
 }
 
 template <class T>
@@ -225,8 +230,13 @@ void gram_grad_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
   const T* gram_r = gram_p + dim * dim;
   for (int64_t i = 0; i < dim; ++i) {
     for (int64_t d = 0; d < dim_s; ++d) {
-      for_q[i * width_s + d] = gram_r[i * dim + d];
-      for_k[i * width_s + d] = gram_p[i * dim + d] + (same_head_dim(p) ? gram_p[i * dim + dim_s + d] : T(0));
+      const int64_t at = i < d ? i * dim + d : d * dim + i;
+      for_q[i * width_s + d] = gram_r[at];
+      for_k[i * width_s + d] = gram_p[at];
+    }
+    for (int64_t d = 0; same_head_dim(p) && d < dim_s; ++d) {
+      const int64_t column = dim_s + d;
+      for_k[i * width_s + d] += gram_p[i < column ? i * dim + column : column * dim + i];
     }
   }
   const double factor = 2.0 * *static_cast<const T*>(p.grad);
