@@ -79,6 +79,7 @@ std::tuple<Tensor, Tensor> attention_score_mse_gram_fwd(const Tensor& q_s, const
   const int64_t sequences = rows.sequences.size(), dim = pair_dim(p), width = padded(dim);
   Tensor totals = torch::stable::new_empty(q_s, {sequences, p.heads}, accumulator);
   Tensor grams = torch::stable::new_empty(q_s, {sequences, p.heads, 2, dim, dim}, accumulator);
+  prefer_huge_pages(grams);
   p.sums = totals.data_ptr();
   p.grams = grams.data_ptr();
   std::vector<HeadTask> tasks = equal_tasks_of(rows, p.heads, kRowsPerGramTask);

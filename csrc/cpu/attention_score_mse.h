@@ -1,9 +1,10 @@
 // TinyBERT's attention loss: what attention_score_mse.cpp hands to the loops in attention_score_mse_loops.h.
 //
-// With A and B the scores of student and teacher, A - B = P R^T for P and R of D_s + D_t columns:
-//   P = [scale_s Q_s, -scale_t Q_t]                 R = [K_s, K_t]        in general
-//   P = [scale_s Q_s - scale_t Q_t, scale_t Q_t]    R = [K_s, K_s - K_t]  where D_s = D_t
-// In the second form all terms of |A - B|^2 shrink with the distance of the models, and nothing cancels.
+// With A and B the scores of student and teacher, A - B = P R^T for P and R of D_s + D_t columns. In general
+//   P = [a, -b]  R = [K_s, K_t]                                with a = scale_s Q_s, b = scale_t Q_t,
+// and where the head dims agree
+//   P = [a - b, (a + b) / 2]  R = [(K_s + K_t) / 2, K_s - K_t]:
+// all terms of |A - B|^2 then shrink with the distance between the models, and nothing cancels.
 #pragma once
 
 #include "cpu/heads.h"
@@ -18,8 +19,8 @@ struct ScoreMSE {
   void* rows;       // (B, H, N) contiguous, in the type of the computation, or null
   Heads grad_rows;  // (B, H, N); null data: ones
   // Gram form
-  void* sums;   // (sequences, H) contiguous
-  void* grams;  // (sequences, H, 2, D_s + D_t, D_s + D_t) contiguous: the upper halves of P^T P and R^T R
+  void* sums;        // (sequences, H) contiguous
+  void* grams;       // (sequences, H, 2, D_s + D_t, D_s + D_t) contiguous: P^T P and R^T R
   const void* grad;  // one number
   Heads dq, dk;      // null data: no gradient
 };
