@@ -2,9 +2,10 @@
 
 from bertops import nn
 from bertops._backend import use_impl
+from bertops.distill.capture import capture
 from bertops.ops.attention import attention
 from bertops.ops.attention_with_scores import attention_with_scores
 
 __version__ = "0.1.0"
 
-__all__ = ["attention", "attention_with_scores", "nn", "use_impl"]
+__all__ = ["attention", "attention_with_scores", "capture", "nn", "use_impl"]
