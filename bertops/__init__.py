@@ -4,8 +4,20 @@ from bertops import nn
 from bertops._backend import use_impl
 from bertops.distill.capture import capture
 from bertops.ops.attention import attention
+from bertops.ops.attention_kl import attention_kl
+from bertops.ops.attention_score_mse import attention_score_mse
 from bertops.ops.attention_with_scores import attention_with_scores
+from bertops.ops.relation_kl import relation_kl
 
 __version__ = "0.1.0"
 
-__all__ = ["attention", "attention_with_scores", "capture", "nn", "use_impl"]
+__all__ = [
+    "attention",
+    "attention_kl",
+    "attention_score_mse",
+    "attention_with_scores",
+    "capture",
+    "nn",
+    "relation_kl",
+    "use_impl",
+]

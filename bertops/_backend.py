@@ -15,6 +15,9 @@ CHOICES = ("auto", "triton", "cuda", "cpu", "reference")
 IMPLEMENTATIONS = {
     "attention": ("cpu", "triton", "reference"),
     "attention_with_scores": ("cpu", "triton", "reference"),
+    "attention_score_mse": ("cpu", "triton", "reference"),
+    "attention_kl": ("cpu", "triton", "reference"),
+    "relation_kl": ("cpu", "triton", "reference"),
 }
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -69,6 +69,87 @@ def _(
     return rows_first(q), rows_first(k), rows_first(v)
 
 
+# Teacher and student attention compared: rows are (B, H, N), lse_s and lse_t those of the scores.
+_PAIR = (
+    "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? mask, Tensor? cu_seqlens,"
+    " float scale_s, float scale_t"
+)
+_SELF_PAIR = "Tensor x_s, Tensor x_t, Tensor? mask, Tensor? cu_seqlens, float scale_s, float scale_t"
+
+_define(f"attention_kl_fwd({_PAIR}, Tensor? lse_s, Tensor? lse_t) -> (Tensor, Tensor, Tensor)")
+_define(f"attention_kl_bwd(Tensor grad_rows, {_PAIR}, Tensor lse_s, Tensor lse_t) -> (Tensor, Tensor)")
+_define(f"attention_kl_with_grads({_PAIR}, Tensor? lse_s, Tensor? lse_t) -> (Tensor, Tensor, Tensor)")
+_define(f"relation_kl_fwd({_SELF_PAIR}) -> (Tensor, Tensor, Tensor)")
+_define(f"relation_kl_bwd(Tensor grad_rows, {_SELF_PAIR}, Tensor lse_s, Tensor lse_t) -> Tensor")
+_define(f"relation_kl_with_grads({_SELF_PAIR}) -> (Tensor, Tensor)")
+_define(f"attention_score_mse_fwd({_PAIR}) -> Tensor")
+_define(f"attention_score_mse_bwd(Tensor grad_rows, {_PAIR}) -> (Tensor, Tensor)")
+_define(f"attention_score_mse_gram_fwd({_PAIR}) -> (Tensor, Tensor)")
+_define(f"attention_score_mse_gram_bwd(Tensor grad, {_PAIR}, Tensor grams) -> (Tensor, Tensor)")
+
+
+def _rows_of(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[:3], dtype=accumulator_dtype(x.dtype))
+
+
+def _unscaled_grad(x: torch.Tensor) -> torch.Tensor:
+    """Like rows_first, in the dtype that holds a gradient until its factor is known."""
+    return rows_first(x).to(accumulator_dtype(x.dtype))
+
+
+@torch.library.register_fake("bertops::attention_kl_fwd")
+def _(q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t, lse_s, lse_t):
+    return _rows_of(q_s), _rows_of(q_s), _rows_of(q_s)
+
+
+@torch.library.register_fake("bertops::attention_kl_bwd")
+def _(grad_rows, q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t, lse_s, lse_t):
+    return rows_first(q_s), rows_first(k_s)
+
+
+@torch.library.register_fake("bertops::attention_kl_with_grads")
+def _(q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t, lse_s, lse_t):
+    return _rows_of(q_s), _unscaled_grad(q_s), _unscaled_grad(k_s)
+
+
+@torch.library.register_fake("bertops::relation_kl_fwd")
+def _(x_s, x_t, mask, cu_seqlens, scale_s, scale_t):
+    return _rows_of(x_s), _rows_of(x_s), _rows_of(x_s)
+
+
+@torch.library.register_fake("bertops::relation_kl_bwd")
+def _(grad_rows, x_s, x_t, mask, cu_seqlens, scale_s, scale_t, lse_s, lse_t):
+    return rows_first(x_s)
+
+
+@torch.library.register_fake("bertops::relation_kl_with_grads")
+def _(x_s, x_t, mask, cu_seqlens, scale_s, scale_t):
+    return _rows_of(x_s), _unscaled_grad(x_s)
+
+
+@torch.library.register_fake("bertops::attention_score_mse_fwd")
+def _(q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t):
+    return _rows_of(q_s)
+
+
+@torch.library.register_fake("bertops::attention_score_mse_bwd")
+def _(grad_rows, q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t):
+    return rows_first(q_s), rows_first(k_s)
+
+
+@torch.library.register_fake("bertops::attention_score_mse_gram_fwd")
+def _(q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t):
+    sequences = q_s.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sums = q_s.new_empty((sequences, q_s.shape[1]), dtype=accumulator_dtype(q_s.dtype))
+    width = q_s.shape[3] + q_t.shape[3]
+    return sums, sums.new_empty((*sums.shape, 2, width, width))
+
+
+@torch.library.register_fake("bertops::attention_score_mse_gram_bwd")
+def _(grad, q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t, grams):
+    return rows_first(q_s), rows_first(k_s)
+
+
 # What the machine can do at most, for the bench: work on every thread of the device of ``like`` and count it.
 _define("_limits_fma(Tensor like, int steps) -> (Tensor, int)")
 _define("_limits_exp(Tensor like, int steps) -> (Tensor, int)")

@@ -37,6 +37,45 @@ def attention_with_scores(
     return out, lse, torch.where(pairs, scores, 0.0).to(scores_dtype or q.dtype)
 
 
+def attention_kl(q_s, k_s, q_t, k_t, mask=None, cu_seqlens=None, scale_s=None, scale_t=None):
+    """Returns KL (B, H, N) of every row, and the lse of both models; see :func:`bertops.attention_kl`."""
+    pairs = valid_pairs(q_s, mask, cu_seqlens, -1)
+    log_probs_s, lse_s = _log_probs(q_s, k_s, mask, pairs, scale_s)
+    log_probs_t, lse_t = _log_probs(q_t, k_t, mask, pairs, scale_t)
+    divergence = log_probs_t.exp() * (log_probs_t - log_probs_s)
+    return torch.where(pairs, divergence, 0.0).sum(-1), lse_s, lse_t
+
+
+def relation_kl(x_s, x_t, mask=None, cu_seqlens=None, scale_s=None, scale_t=None):
+    """Returns KL (B, H, N) of every row, and the lse of both models; see :func:`bertops.relation_kl`."""
+    return attention_kl(x_s, x_s, x_t, x_t, mask, cu_seqlens, scale_s, scale_t)
+
+
+def attention_score_mse(q_s, k_s, q_t, k_t, mask=None, cu_seqlens=None, scale_s=None, scale_t=None):
+    """Returns the squared differences (B, H, N) of every row, summed over its keys; see the public op."""
+    pairs = valid_pairs(q_s, mask, cu_seqlens, -1)
+    scores_s, scores_t = _scores(q_s, k_s, mask, scale_s), _scores(q_t, k_t, mask, scale_t)
+    return torch.where(pairs, scores_s - scores_t, 0.0).square().sum(-1)
+
+
+def _scores(q, k, mask, scale):
+    """(B, H, N, N), before softmax, in the dtype of losses."""
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    rows = valid_rows(q, mask)[..., None]
+    q, k = (torch.where(rows, x, 0.0) for x in (q, k))
+    return (q @ k.transpose(-1, -2) * scale).to(accumulator_dtype(q.dtype))
+
+
+def _log_probs(q, k, mask, pairs, scale):
+    """(B, H, N, N) log-probabilities, 0 off the valid pairs, and lse (B, H, N)."""
+    logits = _scores(q, k, mask, scale).masked_fill(~pairs, -math.inf)
+    lse = torch.logsumexp(logits, -1)
+    # a row without a key would be -inf - -inf: NaN, also in the gradient of the branch not taken
+    log_probs = logits.masked_fill(~valid_rows(q, mask)[..., None], 0.0).log_softmax(-1)
+    return log_probs.masked_fill(~pairs, 0.0), lse
+
+
 def valid_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """(B, 1, N) bool: the real tokens of ``x`` (B, H, N, D)."""
     batch, _, length, _ = x.shape

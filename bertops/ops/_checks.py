@@ -17,29 +17,42 @@ def describe(x: object) -> str:
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q, k, v are (B, H, N, D) of one shape, dtype and device, with a supported dtype and head dim."""
-    if not isinstance(q, Tensor):
-        raise TypeError(f"q must be a tensor, got {describe(q)}")
-    shape, dtype, device = q.shape, q.dtype, q.device
-    if len(shape) != 4:
-        raise ValueError(f"q must have shape (B, H, N, D), got {describe(q)}")
-    if dtype not in DTYPES or (dtype == torch.float64 and device.type != "cpu"):
-        raise TypeError(f"q must be float32, bfloat16 or float16 (float64 on CPU only), got {describe(q)}")
-    if not 1 <= shape[3] <= MAX_HEAD_DIM:
-        raise ValueError(f"q must have a head dim from 1 to {MAX_HEAD_DIM}, got {describe(q)}")
-    if not (isinstance(k, Tensor) and k.shape == shape and k.dtype == dtype and k.device == device):
-        _refuse_other("k", k, q)
-    if not (isinstance(v, Tensor) and v.shape == shape and v.dtype == dtype and v.device == device):
-        _refuse_other("v", v, q)
+    check_heads("q", q)
+    check_like("k", k, "q", q)
+    check_like("v", v, "q", q)
 
 
-def _refuse_other(name: str, x: Tensor, q: Tensor) -> None:
+def check_heads(name: str, x: Tensor) -> None:
+    """``x`` is (B, H, N, D), with a supported dtype and head dim."""
+    check_four_dims(name, x)
+    dtype, head_dim = x.dtype, x.shape[3]
+    if dtype not in DTYPES or (dtype == torch.float64 and x.device.type != "cpu"):
+        raise TypeError(
+            f"{name} must be float32, bfloat16 or float16 (float64 on CPU only), got {describe(x)}"
+        )
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{name} must have a head dim from 1 to {MAX_HEAD_DIM}, got {describe(x)}")
+
+
+def check_four_dims(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(x)}")
-    if x.shape != q.shape:
-        raise ValueError(f"{name} must have the shape {tuple(q.shape)} of q, got {describe(x)}")
-    if x.dtype != q.dtype:
-        raise TypeError(f"{name} must have the dtype {q.dtype} of q, got {describe(x)}")
-    raise ValueError(f"{name} must be on the device {q.device} of q, got {describe(x)}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have shape (B, H, N, D), got {describe(x)}")
+
+
+def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """``x`` has the shape, dtype and device of ``other``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(x)}")
+    if x.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape {tuple(other.shape)} of {other_name}, got {describe(x)}"
+        )
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype {other.dtype} of {other_name}, got {describe(x)}")
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on the device {other.device} of {other_name}, got {describe(x)}")
 
 
 def check_rows(mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
