@@ -3,13 +3,15 @@
 import math
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bertops.distill.layer_map import layer_number
 
 # An attention module and its encoder hold their recorders under this name while they are captured.
 ATTRIBUTE = "bertops_taps"
@@ -81,7 +83,7 @@ class Taps:
 
 
 @contextmanager
-def capture(model: nn.Module, layers: Sequence[int] = (-1,)) -> Iterator[Taps]:
+def capture(model: nn.Module, layers: Iterable[int] = (-1,)) -> Iterator[Taps]:
     """Records q, k, v and lse of ``layers`` in every forward of ``model`` inside the block.
 
     ::
@@ -127,7 +129,11 @@ def capture(model: nn.Module, layers: Sequence[int] = (-1,)) -> Iterator[Taps]:
     """
     encoder = find_encoder(model)
     order = attention_order(encoder)
-    numbers = layer_numbers(layers, len(order), type(encoder).__name__)
+    if not isinstance(layers, Iterable) or isinstance(layers, str):
+        raise TypeError(f"layers must be a list of integers, got {layers!r}")
+    numbers = {layer: layer_number("layers", layer, len(order)) for layer in layers}
+    if not numbers:
+        raise ValueError("layers must not be empty")
     owner = _Owner()
     recorders: dict[nn.Module, _Recorder] = {}
     places = {}
@@ -285,23 +291,3 @@ def attention_order(encoder: nn.Module) -> list[nn.Module]:
             "they cannot be numbered"
         )
     return modules
-
-
-def layer_numbers(layers: Sequence[int], count: int, name: str) -> dict[int, int]:
-    """Each of ``layers`` and its number from 1 to ``count``."""
-    if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
-        raise TypeError(f"layers must be a list of integers and not empty, got {layers!r}")
-    for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise TypeError(f"layers must be integers, got {layer!r} in {layers!r}")
-        if layer == 0:
-            raise ValueError(
-                "layers must not contain 0: they count from 1 (hidden_states[0] is the embedding) to "
-                f"{count} or -1, the last of {name}; got {layers!r}"
-            )
-        if abs(layer) > count:
-            raise ValueError(
-                f"layers must be from 1 to {count} or from -{count} to -1, as {name} has {count} layers, "
-                f"got {layer} in {layers!r}"
-            )
-    return {layer: layer if layer > 0 else count + 1 + layer for layer in layers}
