@@ -1,8 +1,8 @@
 """Which teacher layer each student layer learns from.
 
 A map is a list of teacher layers: entry m - 1 is the teacher layer g(m) of student layer m. Layers count
-from 1, as in the papers and in :func:`bertops.capture`, so they are indices into ``hidden_states``, where 0 is
-the embedding::
+from 1, as in the papers and in :func:`bertops.capture`, so they are indices into ``hidden_states``, where 0
+is the embedding::
 
     teachers = layer_map.uniform(4, 12)  # [3, 6, 9, 12]
     students = range(1, len(teachers) + 1)
