@@ -69,13 +69,14 @@ class Taps:
         if calls < expected:
             raise RuntimeError(
                 f"layer {layer} recorded nothing: the model's forward has not come to it inside the capture "
-                "block, in the thread that entered the block, with attn_implementation='bertops'"
+                "block, in the thread that entered the block, with attn_implementation='bertops' (read taps "
+                "before backward where a checkpoint recomputes a compiled model)"
             )
         if calls > expected:
             raise RuntimeError(
                 f"layer {layer} ran {calls} times instead of {expected} since a forward of the model began: "
-                "run the whole model, not its layers, and read taps before backward where compiled layers "
-                "are checkpointed"
+                "run the whole model, not its layers, and read taps before backward where a checkpoint "
+                "recomputes compiled layers"
             )
         q, k, v, lse, mask, cu_seqlens, window, scale = recorder.calls[use]
         scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
@@ -120,8 +121,9 @@ def capture(model: nn.Module, layers: Iterable[int] = (-1,)) -> Iterator[Taps]:
     * ``torch.compile``: the model, a function that calls it and reads the taps, or single layers, compiled
       before or inside the block. A model has one more graph for being captured. With a block inside the
       compiled function, that function itself runs uncompiled.
-    * Gradient checkpointing with ``use_reentrant=False``: what backward recomputes is not recorded. Reentrant
-      checkpoints run layers without gradients and raise RuntimeError.
+    * Gradient checkpointing with ``use_reentrant=False``: what backward recomputes is not recorded; where it
+      recomputes compiled code, read the taps before backward. Reentrant checkpoints run layers without
+      gradients and raise RuntimeError.
     * ``unpad=True`` of :mod:`bertops.models`: the taps are packed, with ``cu_seqlens``.
     * DistributedDataParallel waits for the gradient of every parameter that the model's output depends on,
       and a loss on taps leaves those behind the last tap without one: compute the loss inside the wrapped
