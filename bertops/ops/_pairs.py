@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from bertops._library import accumulator_dtype
 from bertops.ops import _checks
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -60,7 +61,7 @@ def check_teacher(name: str, x: Tensor) -> None:
 
 
 def check_lse(name: str, lse: Tensor, x: Tensor) -> Tensor:
-    """``lse`` (B, H, N) of the scores of ``x``, as a constant."""
+    """``lse`` (B, H, N), as a constant in the dtype of the losses of the student ``x``."""
     if not isinstance(lse, Tensor) or lse.shape != x.shape[:3] or not lse.dtype.is_floating_point:
         raise ValueError(
             f"{name} must be the lse (B, H, N) = {tuple(x.shape[:3])} that bertops.attention returns, "
@@ -68,7 +69,7 @@ def check_lse(name: str, lse: Tensor, x: Tensor) -> Tensor:
         )
     if lse.device != x.device:
         raise ValueError(f"{name} must be on {x.device}, got {_checks.describe(lse)}")
-    return lse.detach()
+    return lse.detach().to(accumulator_dtype(x.dtype))
 
 
 def count_rows(x: Tensor, mask: Tensor | None) -> Tensor | int:

@@ -76,7 +76,7 @@ def attention_kl(
         missing = "lse_s" if lse_s is None else "lse_t"
         raise ValueError(f"lse_s and lse_t must both be given or both be left out, got no {missing}")
     if lse_s is not None and lse_t is not None:
-        lse_s, lse_t = _pairs.check_lse("lse_s", lse_s, q_s), _pairs.check_lse("lse_t", lse_t, q_t)
+        lse_s, lse_t = _pairs.check_lse("lse_s", lse_s, q_s), _pairs.check_lse("lse_t", lse_t, q_s)
     backend = _backend.resolve("attention_kl", impl, q_s.device)
     reduced = reduction != "none"
     if backend == "reference":

@@ -69,8 +69,8 @@ def attention_score_mse(
         RuntimeError: no kernel for this device, or the chosen ``impl`` is not available; says why.
 
     TinyBERT's official code divides by all B * H * N^2 pairs, padding included, and sums over layers:
-    multiply by the share of real pairs. It also takes genuine scores of -100 and less for masked ones and zeroes them;
-    here they count.
+    multiply by the share of real pairs. It also takes genuine scores of -100 and less for masked ones and
+    zeroes them; here they count.
 
     Source: Jiao et al. 2020 (TinyBERT), section 3.1, equation 7.
     """
