@@ -3,6 +3,8 @@
 import copy
 import importlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ spied = []
 def spy(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Plain attention under transformers' own 4-D mask, the local window in it, that keeps what it sees."""
     scores = query @ key.transpose(2, 3) * scaling + (0 if attention_mask is None else attention_mask)
-    spied.append((query, key, value, scores.logsumexp(-1), scaling))
+    spied.append(SimpleNamespace(q=query, k=key, v=value, lse=scores.logsumexp(-1), scale=scaling))
     return (scores.softmax(-1) @ value).transpose(1, 2), None
 
 
@@ -62,12 +64,10 @@ def assert_same(name, actual, expected):
 
 def assert_tap(tap, expected, real):
     """At real rows: padded ones attend in transformers and are 0 here."""
-    *tensors, scale = expected
-    for name, value in zip(("q", "k", "v", "lse"), tensors, strict=True):
-        assert_same(
-            f"{name} of layer {tap.layer}", getattr(tap, name).transpose(1, 2)[real], rows(value, real)
-        )
-    assert tap.scale == pytest.approx(scale)
+    for name in ("q", "k", "v", "lse"):
+        actual, wanted = (rows(getattr(x, name), real) for x in (tap, expected))
+        assert_same(f"{name} of layer {tap.layer}", actual, wanted)
+    assert tap.scale == pytest.approx(expected.scale)
 
 
 def rows(x, real):
@@ -122,12 +122,16 @@ def state(model):
 def test_taps_of_transformers_are_what_its_attention_gets(family, padding):
     model = hf_model(family)
     inputs, real = batch(padding)
-    with torch.no_grad(), bertops.capture(model, layers=[3, 1, -2]) as taps:
+    with bertops.capture(model, layers=[3, 1, -2]) as taps:
         model(**inputs)
+    some_loss(taps, real).backward()
+    ours = gradients(model)
     model.set_attn_implementation("spy")
+    model.zero_grad()
     spied.clear()
-    with torch.no_grad():
-        model(**inputs)
+    model(**inputs)
+    some_loss([spied[2], spied[0], spied[1]], real).backward()
+    assert_same("gradients", ours, gradients(model))
     assert len(spied) == 3 and taps.layers == (3, 1, -2) and [tap.layer for tap in taps] == [3, 1, 2]
     for number, asked in ((1, 1), (2, -2), (3, 3)):
         assert taps[asked].layer == number
@@ -185,15 +189,18 @@ def test_shared_layers_count_every_time_they_run(groups, inner, order):
 def test_taps_of_our_models_equal_those_of_transformers(family, head, padding, tmp_path):
     theirs, ours = small_models.both(family, tmp_path, head)
     ids, mask = small_models.batch(family, padding)
-    with torch.no_grad(), bertops.capture(ours, layers=[1, -1]) as taps:
+    with bertops.capture(ours, layers=[1, -1]) as taps:
         ours(ids, mask)
     theirs.set_attn_implementation("spy")
     spied.clear()
-    with torch.no_grad():
-        theirs(ids, attention_mask=mask.long())
+    theirs(ids, attention_mask=mask.long())
     for asked, number in ((1, 1), (-1, 3)):
         assert_tap(taps[asked], spied[number - 1], mask)
         assert torch.equal(taps[asked].mask, mask) and taps[asked].window is None
+    some_loss(taps, mask).backward()
+    some_loss([spied[0], spied[2]], mask).backward()
+    embeddings = (ours.encoder if head else ours).embeddings, theirs.base_model.embeddings
+    assert_same("gradient", embeddings[0].word.weight.grad, embeddings[1].word_embeddings.weight.grad)
 
 
 def test_packed_projections_are_read_in_place():
@@ -446,7 +453,7 @@ def test_threads_keep_apart(kind):
             model(**inputs)
         expected.append(taps[2].q)
     before = state(model)
-    barrier, wrong = threading.Barrier(3), []
+    barrier = threading.Barrier(3)
 
     def work(index):
         barrier.wait()
@@ -457,15 +464,11 @@ def test_threads_keep_apart(kind):
                     continue
                 with bertops.capture(model, [2]) as taps:
                     model(**batches[index])
-                    if not torch.equal(taps[2].q, expected[index]):
-                        wrong.append(index)
+                    assert torch.equal(taps[2].q, expected[index])
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and state(model) == before
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+    assert state(model) == before
 
 
 def in_a_thread(function):
