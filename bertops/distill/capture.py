@@ -39,21 +39,17 @@ class Tap:
 
 
 class Taps:
-    """The layers asked of :func:`capture`: ``taps[-1]`` by number, or in a loop, in the order asked."""
+    """What :func:`capture` recorded: ``taps[-1]`` by number, or a loop over ``layers`` in the order asked."""
 
-    def __init__(self, places: "dict[int, tuple[int, _Recorder, int]]") -> None:
+    def __init__(self, layers: tuple[int, ...], places: "dict[int, tuple[int, _Recorder, int]]") -> None:
+        self.layers = layers
         self._places = places
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The numbers asked for, as they were given."""
-        return tuple(self._places)
-
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.layers)
 
     def __iter__(self) -> Iterator[Tap]:
-        return (self[layer] for layer in self._places)
+        return (self[layer] for layer in self.layers)
 
     def __getitem__(self, layer: int) -> Tap:
         """The :class:`Tap` of the last forward inside the block; also once the block is left.
@@ -63,7 +59,7 @@ class Taps:
             RuntimeError: no whole forward of this layer was recorded; says why.
         """
         if layer not in self._places:
-            raise KeyError(f"layer {layer!r} was not asked for: capture(model, layers={list(self._places)})")
+            raise KeyError(f"layer {layer!r} was not asked for: capture(model, layers={list(self.layers)})")
         number, recorder, use = self._places[layer]
         calls, expected = len(recorder.calls), len(recorder.wanted)
         if calls < expected:
@@ -94,7 +90,10 @@ def capture(model: nn.Module, layers: Iterable[int] = (-1,)) -> Iterator[Taps]:
         with bertops.capture(student) as s:
             student(**batch)
         s, t = s[-1], t[-1]
-        loss = bertops.relation_kl(s.v, t.v, s.mask, cu_seqlens=s.cu_seqlens)
+        rows = {"mask": s.mask, "cu_seqlens": s.cu_seqlens}
+        scales = {"scale_s": s.scale, "scale_t": t.scale}
+        loss = bertops.attention_kl(s.q, s.k, t.q, t.k, lse_s=s.lse, lse_t=t.lse, **rows, **scales)
+        loss = loss + bertops.relation_kl(s.v, t.v, **rows)
 
     No score map is built and nothing is copied, computed twice or detached: gradients flow into the student,
     and a teacher is run under ``torch.no_grad()``. Each forward replaces what the former recorded; what the
@@ -133,9 +132,10 @@ def capture(model: nn.Module, layers: Iterable[int] = (-1,)) -> Iterator[Taps]:
     order = attention_order(encoder)
     if not isinstance(layers, Iterable) or isinstance(layers, str):
         raise TypeError(f"layers must be a list of integers, got {layers!r}")
-    numbers = {layer: layer_number("layers", layer, len(order)) for layer in layers}
-    if not numbers:
+    layers = tuple(layers)
+    if not layers:
         raise ValueError("layers must not be empty")
+    numbers = {layer: layer_number("layers", layer, len(order)) for layer in layers}
     owner = _Owner()
     recorders: dict[nn.Module, _Recorder] = {}
     places = {}
@@ -154,7 +154,7 @@ def capture(model: nn.Module, layers: Iterable[int] = (-1,)) -> Iterator[Taps]:
                 _attach(holder, recorder)
                 stack.callback(_detach, holder, recorder)
         stack.callback(encoder.register_forward_pre_hook(_begin).remove)
-        yield Taps(places)
+        yield Taps(layers, places)
 
 
 class _Owner(threading.local):
@@ -211,7 +211,7 @@ class _Recorder:
 
 
 def _begin(encoder: nn.Module, inputs: Any) -> None:
-    for recorder in getattr(encoder, ATTRIBUTE):
+    for recorder in getattr(encoder, ATTRIBUTE, ()):  # gone where another thread just left its block
         recorder.begin()
 
 

@@ -24,6 +24,8 @@ Where the result differs from ``attn_implementation="eager"``:
   under ``torch.compile``, and for DistilBERT, MobileBERT and ModernBERT, which do not hand positions down.
   MobileBERT's trigram embedding reads across the border of packed sequences, before any attention.
 
+:func:`bertops.capture` records q, k, v and lse of chosen layers, for losses that need no map.
+
 ``torch.compile(model, fullgraph=True)`` works; with ``output_attentions=True`` after one uncompiled call with
 it, in which transformers installs the hooks that collect the maps.
 """
