@@ -1,6 +1,7 @@
 """What the losses between two models' attention share: checks, and the mean over real rows."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,3 +93,19 @@ def count_pairs(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Te
 
 def needs_grad(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def save_grads(ctx: Any, students: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
+    """Keeps the gradients of the sum, and the inputs that they depend on: differentiating them is refused."""
+    ctx.save_for_backward(*students, *grads)
+
+
+def scaled_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """``grad`` times the gradients of the sum, in the students' dtype; students come third in the inputs."""
+    saved = ctx.saved_tensors
+    students, grads = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+    needed = ctx.needs_input_grad[2 : 2 + len(grads)]
+    return tuple(
+        (grad * x).to(student.dtype) if wanted else None
+        for x, student, wanted in zip(grads, students, needed, strict=True)
+    )

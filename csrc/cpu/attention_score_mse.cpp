@@ -52,6 +52,21 @@ std::tuple<Tensor, Tensor> attention_score_mse_bwd(const Tensor& grad_rows, cons
   return {dq_s, dk_s};
 }
 
+std::tuple<Tensor, Tensor, Tensor> attention_score_mse_with_grads(const Tensor& q_s, const Tensor& k_s,
+                                                                  const Tensor& q_t, const Tensor& k_t,
+                                                                  std::optional<Tensor> mask,
+                                                                  std::optional<Tensor> cu_seqlens,
+                                                                  double scale_s, double scale_t) {
+  ScoreMSE p = pair_of<ScoreMSE>(q_s, k_s, q_t, k_t, scale_s, scale_t);
+  const ScalarType dtype = accumulator_dtype(q_s.scalar_type());
+  Tensor squares = new_rows(q_s), dq_s = rows_first(q_s, dtype), dk_s = rows_first(k_s, dtype);
+  p.rows = squares.data_ptr();
+  p.dq = heads_of(dq_s);
+  p.dk = heads_of(dk_s);
+  run_direct(p, Rows(q_s, mask, cu_seqlens));
+  return {squares, dq_s, dk_s};
+}
+
 std::tuple<Tensor, Tensor> attention_score_mse_gram_fwd(const Tensor& q_s, const Tensor& k_s,
                                                         const Tensor& q_t, const Tensor& k_t,
                                                         std::optional<Tensor> mask,
@@ -64,6 +79,7 @@ std::tuple<Tensor, Tensor> attention_score_mse_gram_fwd(const Tensor& q_s, const
   const int64_t sequences = rows.sequences.size(), dim = pair_dim(p), width = padded(dim);
   Tensor totals = torch::stable::new_empty(q_s, {sequences, p.heads}, accumulator);
   Tensor grams = torch::stable::new_empty(q_s, {sequences, p.heads, 2, dim, dim}, accumulator);
+  prefer_huge_pages(grams);
   p.sums = totals.data_ptr();
   p.grams = grams.data_ptr();
   std::vector<HeadTask> tasks = equal_tasks_of(rows, p.heads, kRowsPerGramTask);
@@ -107,6 +123,7 @@ std::tuple<Tensor, Tensor> attention_score_mse_gram_bwd(const Tensor& grad, cons
 STABLE_TORCH_LIBRARY_IMPL(bertops, CPU, m) {
   m.impl("attention_score_mse_fwd", TORCH_BOX(&attention_score_mse_fwd));
   m.impl("attention_score_mse_bwd", TORCH_BOX(&attention_score_mse_bwd));
+  m.impl("attention_score_mse_with_grads", TORCH_BOX(&attention_score_mse_with_grads));
   m.impl("attention_score_mse_gram_fwd", TORCH_BOX(&attention_score_mse_gram_fwd));
   m.impl("attention_score_mse_gram_bwd", TORCH_BOX(&attention_score_mse_gram_bwd));
 }

@@ -1,9 +1,10 @@
 // TinyBERT's attention loss: what attention_score_mse.cpp hands to the loops in attention_score_mse_loops.h.
 //
-// With A and B the scores of student and teacher, A - B = P R^T for P and R of D_s + D_t columns:
-//   P = [scale_s Q_s, -scale_t Q_t]                 R = [K_s, K_t]        in general
-//   P = [scale_s Q_s - scale_t Q_t, scale_t Q_t]    R = [K_s, K_s - K_t]  where D_s = D_t
-// In the second form all terms of |A - B|^2 shrink with the distance of the models, and nothing cancels.
+// With A and B the scores of student and teacher, A - B = P R^T for P and R of D_s + D_t columns. In general
+//   P = [a, -b]  R = [K_s, K_t]                                with a = scale_s Q_s, b = scale_t Q_t,
+// and where the head dims agree
+//   P = [a - b, (a + b) / 2]  R = [(K_s + K_t) / 2, K_s - K_t]:
+// all terms of |A - B|^2 then shrink with the distance between the models, and nothing cancels.
 #pragma once
 
 #include "cpu/heads.h"
@@ -16,10 +17,10 @@ struct ScoreMSE {
   double scale_s, scale_t;
   // direct form
   void* rows;       // (B, H, N) contiguous, in the type of the computation, or null
-  Heads grad_rows;  // (B, H, N)
+  Heads grad_rows;  // (B, H, N); null data: ones
   // Gram form
   void* sums;        // (sequences, H) contiguous
-  void* grams;       // (sequences, H, 2, D_s + D_t, D_s + D_t) contiguous: P^T P, R^T R
+  void* grams;       // (sequences, H, 2, D_s + D_t, D_s + D_t) contiguous: P^T P and R^T R
   const void* grad;  // one number
   Heads dq, dk;      // null data: no gradient
 };
@@ -36,9 +37,8 @@ constexpr int64_t kRowsPerGramTask = 1024;  // fixed: sums must not depend on th
 // Elements of scratch that a task over `count` rows needs.
 inline int64_t direct_scratch(const ScoreMSE& p, int64_t count) {
   const int64_t rows = padded(count), width = padded(pair_dim(p)), width_s = padded(p.head_dim_s);
-  const int64_t queries = kQueryBlock * (2 * width + 3 * width_s);
-  return rows * (2 * width + width_s) + queries + kKeyBlock * kQueryBlock + 2 * kQueryBlock +
-         2 * kPadding * width;
+  const int64_t queries = 2 * kQueryBlock * (width + width_s + 1), tile = kKeyBlock * kQueryBlock;
+  return rows * (width + 2 * width_s) + queries + tile + kPadding * width;
 }
 inline int64_t gram_scratch(const ScoreMSE& p) {
   const int64_t width = padded(pair_dim(p));

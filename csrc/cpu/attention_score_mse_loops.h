@@ -2,31 +2,46 @@
 // per instruction set.
 namespace bertops::BERTOPS_ISA {
 
+// Row i of student and teacher side by side into `to` (width).
+template <class T>
+inline void load_both(const ScoreMSE& p, const Heads& of_s, const Heads& of_t, const HeadTask& task,
+                      int64_t i, int64_t width, T scale_s, T scale_t, T* to) {
+  const int64_t at_s = row_offset(of_s, *task.sequence, task.head, i);
+  const int64_t at_t = row_offset(of_t, *task.sequence, task.head, i);
+  const int64_t dim_s = p.head_dim_s, dim_t = p.head_dim_t;
+  load_as(of_s.dtype, of_s.data, at_s, of_s.dim_stride, dim_s, dim_s, scale_s, to);
+  load_as(of_t.dtype, of_t.data, at_t, of_t.dim_stride, dim_t, width - dim_s, scale_t, to + dim_s);
+}
+
 // Row i of P into `to` (width) and, where asked for, of scale_s Q_s into `student` (width_s).
 template <class T>
 inline void load_p_row(const ScoreMSE& p, const HeadTask& task, int64_t i, int64_t width, T* to,
                        int64_t width_s, T* student) {
-  const int64_t at_s = row_offset(p.q_s, *task.sequence, task.head, i);
-  const int64_t at_t = row_offset(p.q_t, *task.sequence, task.head, i);
-  const int64_t dim_s = p.head_dim_s, dim_t = p.head_dim_t;
   const T scale_t = static_cast<T>(same_head_dim(p) ? p.scale_t : -p.scale_t);
-  load_as(p.q_s.dtype, p.q_s.data, at_s, p.q_s.dim_stride, dim_s, dim_s, static_cast<T>(p.scale_s), to);
-  load_as(p.q_t.dtype, p.q_t.data, at_t, p.q_t.dim_stride, dim_t, width - dim_s, scale_t, to + dim_s);
+  load_both(p, p.q_s, p.q_t, task, i, width, static_cast<T>(p.scale_s), scale_t, to);
   if (student != nullptr) {
-    for (int64_t d = 0; d < width_s; ++d) student[d] = d < dim_s ? to[d] : T(0);
+    for (int64_t d = 0; d < width_s; ++d) student[d] = d < p.head_dim_s ? to[d] : T(0);
   }
-  for (int64_t d = 0; same_head_dim(p) && d < dim_s; ++d) to[d] -= to[dim_s + d];
+  if (!same_head_dim(p)) return;
+  T* other = to + p.head_dim_s;
+  for (int64_t d = 0; d < p.head_dim_s; ++d) {
+    const T of_s = to[d], of_t = other[d];
+    to[d] = of_s - of_t;
+    other[d] = (of_s + of_t) * T(0.5);
+  }
 }
 
 // Row i of R into `to` (width).
 template <class T>
 inline void load_r_row(const ScoreMSE& p, const HeadTask& task, int64_t i, int64_t width, T* to) {
-  const int64_t at_s = row_offset(p.k_s, *task.sequence, task.head, i);
-  const int64_t at_t = row_offset(p.k_t, *task.sequence, task.head, i);
-  const int64_t dim_s = p.head_dim_s, dim_t = p.head_dim_t;
-  load_as(p.k_s.dtype, p.k_s.data, at_s, p.k_s.dim_stride, dim_s, dim_s, T(1), to);
-  load_as(p.k_t.dtype, p.k_t.data, at_t, p.k_t.dim_stride, dim_t, width - dim_s, T(1), to + dim_s);
-  for (int64_t d = 0; same_head_dim(p) && d < dim_s; ++d) to[dim_s + d] = to[d] - to[dim_s + d];
+  load_both(p, p.k_s, p.k_t, task, i, width, T(1), T(1), to);
+  if (!same_head_dim(p)) return;
+  T* other = to + p.head_dim_s;
+  for (int64_t d = 0; d < p.head_dim_s; ++d) {
+    const T of_s = to[d], of_t = other[d];
+    to[d] = (of_s + of_t) * T(0.5);
+    other[d] = of_s - of_t;
+  }
 }
 
 // Adds the squares of (keys, queries) to the sums of the queries.
@@ -73,12 +88,13 @@ void direct_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
   const Sequence& sequence = *task.sequence;
   const int64_t head = task.head, count = sequence.count, rows = round_up(count, kPadding);
   const int64_t width = round_up(pair_dim(p), kLanes<T>), width_s = round_up(p.head_dim_s, kLanes<T>);
-  const bool with_grads = p.dq.data != nullptr;
-  T* sums = static_cast<T*>(p.rows) + (sequence.batch * p.heads + head) * p.length + sequence.begin;
+  const bool with_rows = p.rows != nullptr, with_grads = p.dq.data != nullptr;
+  const int64_t offset = (sequence.batch * p.heads + head) * p.length + sequence.begin;
+  T* sums = with_rows ? static_cast<T*>(p.rows) + offset : nullptr;
   if (task.first == 0 && !sequence.dense) {
     if (with_grads) clear_unreal_grads<T>(p, task);
     int64_t next = 0, position = -1;
-    while (!with_grads && (position = next_unreal(sequence, position + 1, next)) < sequence.length) {
+    while (with_rows && (position = next_unreal(sequence, position + 1, next)) < sequence.length) {
       sums[position] = 0;
     }
   }
@@ -93,7 +109,8 @@ void direct_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
   T* q_rows = scratch.take(kQueryBlock * width_s);
   T* dq = scratch.take(kQueryBlock * width_s);  // (width_s, queries)
   T* tile = scratch.take(kKeyBlock * kQueryBlock);
-  T* row = scratch.take(kQueryBlock);  // the sum of a query, or its gradient
+  T* row_sums = scratch.take(kQueryBlock);
+  T* row_grads = scratch.take(kQueryBlock);
 
   fill_panels(count, width, few_rows, r, [&](int64_t i, T* to) { load_r_row(p, task, i, width, to); });
   if (with_grads) {
@@ -106,28 +123,26 @@ void direct_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
       load_p_row(p, task, first + i, width, p_rows + i * width, width_s, q_rows + i * width_s);
     }
     to_lanes(p_rows, queries, width, lanes);
-    fill(row, kQueryBlock, T(0));
+    fill(row_sums, kQueryBlock, T(0));
+    fill(row_grads, kQueryBlock, T(2));
     fill(dq, width_s * kQueryBlock, T(0));
-    for (int64_t i = 0; with_grads && i < queries; ++i) {
+    for (int64_t i = 0; p.grad_rows.data != nullptr && i < queries; ++i) {
       const int64_t at = row_offset(p.grad_rows, sequence, head, first + i);
-      load_as(p.grad_rows.dtype, p.grad_rows.data, at, 1, 1, 1, T(2), row + i);
+      load_as(p.grad_rows.dtype, p.grad_rows.data, at, 1, 1, 1, T(2), row_grads + i);
     }
     for (int64_t key = 0; key < count; key += kKeyBlock) {
       const int64_t end = min_of(key + kKeyBlock, count), keys = end - key;
       scores_tile(r, key, end, pair_dim(p), width, lanes, columns, tile);
-      if (!with_grads) {
-        add_squares(keys, columns, tile, row);
-        continue;
-      }
-      scale_columns(keys, columns, row, tile);
+      if (with_rows) add_squares(keys, columns, tile, row_sums);
+      if (!with_grads) continue;
+      scale_columns(keys, columns, row_grads, tile);
       add_to_rows(tile, keys, queries, q_rows, width_s, dk + key * width_s);
       add_to_lanes(k_rows + key * width_s, keys, width_s, tile, columns, dq);
     }
     transpose(dq, kQueryBlock, width_s, columns, q_rows, width_s);
     for (int64_t i = 0; i < queries; ++i) {
-      if (!with_grads) {
-        sums[sequence.position[first + i]] = row[i];
-      } else {
+      if (with_rows) sums[sequence.position[first + i]] = row_sums[i];
+      if (with_grads) {
         store_head_row(q_rows + i * width_s, static_cast<T>(p.scale_s), p.dq, sequence, head, first + i,
                        p.head_dim_s);
       }
@@ -152,23 +167,37 @@ inline void add_gram(const T* x, int64_t rows, int64_t width, T* gram) {
   }
 }
 
-// From the upper halves of P^T P and R^T R, which follow each other: the loss of a head, and both in full.
+// The half below the diagonal.
 template <class T>
-inline void store_grams(const ScoreMSE& p, const HeadTask& task, const T* grams) {
+inline void mirror(int64_t width, T* gram) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t i = L; i < width; i += L) {
+    for (int64_t j = 0; j < i; j += L)
+      transpose(gram + j * width + i, width, L, L, gram + i * width + j, width);
+  }
+}
+
+// The loss of a head and its Grams from P^T P and R^T R, which follow each other, on and above their diagonals.
+template <class T>
+inline void store_grams(const ScoreMSE& p, const HeadTask& task, T* grams) {
+  constexpr int64_t kSums = kLanes<T>;
   const int64_t dim = pair_dim(p), width = round_up(dim, kLanes<T>);
   const int64_t place = task.sequence->identity * p.heads + task.head;
   T* to = static_cast<T*>(p.grams) + place * 2 * dim * dim;
-  double sum = 0;
+  mirror(width, grams);
+  mirror(width, grams + width * width);
+  double sums[kSums] = {};
   for (int64_t i = 0; i < dim; ++i) {
-    for (int64_t j = 0; j < dim; ++j) {
-      const int64_t from = i < j ? i * width + j : j * width + i;
-      const T of_p = grams[from], of_r = grams[width * width + from];
-      to[i * dim + j] = of_p;
-      to[(dim + i) * dim + j] = of_r;
-      sum += static_cast<double>(of_p) * of_r;
+    const T *of_p = grams + i * width, *of_r = of_p + width * width;
+    __builtin_memcpy(to + i * dim, of_p, dim * sizeof(T));
+    __builtin_memcpy(to + (dim + i) * dim, of_r, dim * sizeof(T));
+    for (int64_t j = 0; j < width; j += kSums) {  // 0 beyond dim
+      for (int64_t n = 0; n < kSums; ++n) sums[n] += static_cast<double>(of_p[j + n]) * of_r[j + n];
     }
   }
-  static_cast<T*>(p.sums)[place] = static_cast<T>(sum);
+  double total = 0;
+  for (int64_t n = 0; n < kSums; ++n) total += sums[n];
+  static_cast<T*>(p.sums)[place] = static_cast<T>(total);
 }
 
 template <class T>
@@ -177,11 +206,11 @@ void gram_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
   Scratch<T> scratch{static_cast<T*>(memory)};
   T* p_rows = scratch.take(kGramBlock * width);
   T* r_rows = scratch.take(kGramBlock * width);
-  T* part = scratch.take(2 * width * width);
   T* grams = task.sums != nullptr ? static_cast<T*>(task.sums) : scratch.take(2 * width * width);
+  T* part = task.last - task.first > kGramPart ? scratch.take(2 * width * width) : grams;
   fill(grams, 2 * width * width, T(0));
   for (int64_t begin = task.first; begin < task.last; begin += kGramPart) {
-    fill(part, 2 * width * width, T(0));
+    if (part != grams) fill(part, 2 * width * width, T(0));
     const int64_t end = min_of(begin + kGramPart, task.last);
     for (int64_t first = begin; first < end; first += kGramBlock) {
       const int64_t rows = min_of(kGramBlock, end - first);
@@ -192,7 +221,7 @@ void gram_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
       add_gram(p_rows, rows, width, part);
       add_gram(r_rows, rows, width, part + width * width);
     }
-    for (int64_t i = 0; i < 2 * width * width; ++i) grams[i] += part[i];
+    for (int64_t i = 0; part != grams && i < 2 * width * width; ++i) grams[i] += part[i];
   }
   if (task.sums == nullptr) store_grams(p, task, grams);
 }
@@ -203,8 +232,8 @@ void gram_reduce(const ScoreMSE& p, const HeadTask* tasks, int64_t count) {
   store_grams(p, *tasks, add_parts<T>(tasks, count, 2 * width * width));
 }
 
-// dQ_s = 2 g scale_s P (R^T K_s) and dK_s = 2 g R (P^T scale_s Q_s): the student's columns of the Grams, P's with those
-// of the teacher added where P holds the difference.
+// dQ_s = 2 g scale_s P (R^T K_s) and dK_s = 2 g R (P^T scale_s Q_s): the student's columns of the Grams, or the mean's
+// and half of the difference's.
 template <class T>
 void gram_grad_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
   constexpr int64_t L = kLanes<T>;
@@ -224,9 +253,10 @@ void gram_grad_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
       static_cast<const T*>(p.grams) + (sequence.identity * p.heads + task.head) * 2 * dim * dim;
   const T* gram_r = gram_p + dim * dim;
   for (int64_t i = 0; i < dim; ++i) {
+    const T *of_p = gram_p + i * dim, *of_r = gram_r + i * dim;
     for (int64_t d = 0; d < dim_s; ++d) {
-      for_q[i * width_s + d] = gram_r[i * dim + d];
-      for_k[i * width_s + d] = gram_p[i * dim + d] + (same_head_dim(p) ? gram_p[i * dim + dim_s + d] : T(0));
+      for_q[i * width_s + d] = same_head_dim(p) ? of_r[d] + T(0.5) * of_r[dim_s + d] : of_r[d];
+      for_k[i * width_s + d] = same_head_dim(p) ? T(0.5) * of_p[d] + of_p[dim_s + d] : of_p[d];
     }
   }
   const double factor = 2.0 * *static_cast<const T*>(p.grad);
