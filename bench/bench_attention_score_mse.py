@@ -1,4 +1,4 @@
-"""``bertops.attention_score_mse`` beside eager, compiled and chunked eager, and its formula in plain PyTorch."""
+"""``bertops.attention_score_mse`` beside eager, compiled and chunked eager, and the Gram form in PyTorch."""
 
 from collections.abc import Callable
 from functools import partial

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from errors import assert_close_to_oracle  # tests/errors.py: the one place of that rule
 
 SLICE_PAIRS = 2**24  # elements of an N x N map in fp64 held at a time
-SAMPLE_PAIRS = 2**23  # elements of such maps that a sample compares
+SAMPLE_PAIRS = 2**22  # elements of such maps that a sample compares
 LOSS_PAIRS = 2**28  # beyond, the reference of a loss over all heads would take minutes
 
 Reference = Callable[..., Sequence[Tensor]]  # the tensors and the mask to outputs (B, H, ...)
@@ -43,7 +43,7 @@ def sample(x: Tensor) -> Tensor:
 def truth(
     reference: Reference, names: Sequence[str], inputs: Inputs, upstream: list[Tensor], gradients: bool
 ) -> Truth:
-    """``names`` are those of the outputs, then of the leaves' gradients; ``upstream`` the outputs' gradients."""
+    """``names``: of the outputs, then of the leaves' gradients; ``upstream``: the outputs' gradients."""
     oracle = run_in_groups(reference, inputs, upstream, gradients, torch.float64)
     forwards = run_in_groups(reference, inputs, upstream, gradients)
     with_head_dim = [name == "out" or name.startswith("grad") for name in names]

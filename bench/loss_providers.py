@@ -1,8 +1,8 @@
 """The peers of the losses between two models' attention, each as users write it today.
 
 All divide by the number of real rows or pairs, as bertops does, so that they return the same number.
-FlexAttention has KL because the expectation of the student's scores under the teacher's attention is itself an
-attention, with the student's keys for values. It has no score MSE, which takes no softmax.
+FlexAttention can express KL because the mean of the student's scores under the teacher's attention is itself
+an attention, with the student's keys for values. Score MSE takes no softmax, so it cannot express that.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from bench import work
 from bench.limits import Work
 from bench.measure import Op, share_of_rows
 from bench.providers import Call, Provider, compiled, compiled_flex, is_compiled
-from bench.shapes import Inputs, Mode, Takes
+from bench.shapes import Case, Inputs, Mode, Takes
 
 CHUNK = {"cpu": 128, "cuda": 1024}  # query rows whose maps live at a time
 LONGEST_MAP = 4096  # the reference holds a whole map up to this length
@@ -28,7 +28,7 @@ Rows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """The sum of ``rows`` over the ``count`` of what is real; ``maps`` as in Provider, of eager and compiled."""
+    """The sum of ``rows`` over the ``count`` of what is real; ``maps``: a Provider's, eager and compiled."""
 
     rows: Rows
     count: Callable[[Inputs], int]
@@ -76,7 +76,7 @@ class Loss:
         least: Callable[[Inputs, Mode], Work],
         *others: Provider,
     ) -> Op:
-        """``own`` is bertops' function of the tensors and the mask; ``others`` are peers of this loss alone."""
+        """``own`` is bertops' function of tensors and mask; ``others`` are peers that this loss alone has."""
         eager_maps, compiled_maps = self.maps
         providers = [
             Provider("bertops", lambda inputs: lambda *tensors: (own(*tensors, inputs.mask),)),
@@ -88,13 +88,17 @@ class Loss:
                 compiles=True,
                 maps=compiled_maps,
             ),
-            Provider("chunked eager", self.chunked),
+            Provider("chunked eager", self.chunked, is_chunked),
             *others,
         ]
         return Op(name, takes, providers, self.reference(whole), ("loss",), self.upstream, least)
 
     def upstream(self, inputs: Inputs) -> list[Tensor]:
         return share_of_rows(inputs, self.count(inputs))
+
+
+def is_chunked(case: Case) -> bool:
+    return case.chunked
 
 
 def pair(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -178,10 +182,18 @@ def kl_by_attention(attend: Call, inputs: Inputs) -> Call:
 
 
 def flex_kl(inputs: Inputs) -> Call:
-    return kl_by_attention(compiled_flex(inputs.mask), inputs)
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    flex = compiled_flex(inputs.mask)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out, aux = flex(q, k, v, return_aux=AuxRequest(lse=True))
+        return out, aux.lse
+
+    return kl_by_attention(attend, inputs)
 
 
 SCORE_MSE = Loss(score_mse_rows, work.real_pairs, maps=(3, 3))
 KL = Loss(kl_rows, work.real_rows, maps=(7, 3))
-FLEX_KL = Provider("FlexAttention", flex_kl, is_compiled, cpu_backward=False, compiles=True)
+FLEX_KL = Provider("FlexAttention", flex_kl, is_compiled, cpu_lacks="lse", compiles=True)
 EAGER_GRAM = Provider("eager Gram", eager_gram)

@@ -18,10 +18,10 @@ COLORS = {
     "bertops, no mask": "#8cc9b0",
     "eager": "#9aa5b1",
     "compiled eager": "#c98f3c",
+    "chunked eager": "#4a76b8",
     "SDPA": "#4a76b8",
     "SDPA + scores": "#4a76b8",
     "FlexAttention": "#a65a8c",
-    "chunked eager": "#4a76b8",
     "eager Gram": "#a65a8c",
 }
 TIMES = "\N{MULTIPLICATION SIGN}"

@@ -5,6 +5,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +30,14 @@ class Provider:
     make: Callable[[Inputs], Call]
     applies: Callable[[Case], bool] = lambda case: True
     ignores_mask: bool = False
-    cpu_backward: bool = True
+    cpu_lacks: str = ""  # backward, or what it needs in the forward as well
     compiles: bool = False  # in its first call
     maps: int = 0
 
     def unavailable(self, inputs: Inputs, mode: Mode) -> str | None:
         like = inputs.leaves[0]
-        if like.device.type == "cpu" and mode != "forward" and not self.cpu_backward:
-            return "has no backward on a CPU"
+        if like.device.type == "cpu" and self.cpu_lacks and (mode, self.cpu_lacks) != ("forward", "backward"):
+            return f"has no {self.cpu_lacks} on a CPU"
         map_bytes = 4 * like.shape[:3].numel() * inputs.length * self.maps
         if map_bytes > MAP_BYTES[like.device.type]:
             return f"its maps would take {map_bytes / 1e9:.0f} GB"
@@ -64,7 +66,7 @@ def attention_providers(impl: str) -> list[Provider]:
             compiles=True,
         ),
         Provider("SDPA", lambda inputs: sdpa(inputs.mask)),
-        Provider("FlexAttention", flex, is_compiled, cpu_backward=False, compiles=True),
+        Provider("FlexAttention", flex, is_compiled, cpu_lacks="backward", compiles=True),
     ]
 
 
@@ -154,12 +156,12 @@ def compiled(call: Call) -> Call:
 
 def flex(inputs: Inputs) -> Call:
     attend = compiled_flex(inputs.mask)
-    return lambda q, k, v: (attend(q, k, v)[0],)
+    return lambda q, k, v: (attend(q, k, v),)
 
 
-def compiled_flex(mask: Tensor | None) -> Call:
-    """q, k, v to out and lse (B, H, N)."""
-    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+def compiled_flex(mask: Tensor | None) -> Callable[..., Any]:
+    """``flex_attention`` over the real keys."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     block_mask = None
     if mask is not None:
@@ -167,10 +169,4 @@ def compiled_flex(mask: Tensor | None) -> Call:
         block_mask = create_block_mask(
             lambda b, h, i, j: mask[b, j], mask.shape[0], None, length, length, device=mask.device
         )
-    call = torch.compile(flex_attention, dynamic=False)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        out, aux = call(q, k, v, block_mask=block_mask, return_aux=AuxRequest(lse=True))
-        return out, aux.lse
-
-    return attend
+    return partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask)

@@ -117,7 +117,7 @@ class RealModel:
         return Batch(ids, torch.tensor([row.attention_mask for row in rows], device=self.device))
 
     def inputs(self, takes: Takes, case: Case) -> Inputs:
-        """Projections of the middle layer, strided as the model leaves them; the last layer is the teacher."""
+        """Projections of the middle layer, strided as the model leaves them; teacher is the last layer."""
         batch = self.batch(case.batch, case.length, case.source == "modules")
         last = len(self.bert.layers)
         layer = last // 2 + 1
@@ -141,7 +141,9 @@ class RealModel:
         for layer in layers:
             attention: Any = self.bert.layers[layer - 1].attention
 
-            def keep(module: Any, args: Any, output: torch.Tensor, layer: int = layer) -> None:
+            def keep(
+                module: Any, args: Any, output: torch.Tensor, layer: int = layer, attention: Any = attention
+            ) -> None:
                 packed = output.to(dtype).unflatten(-1, (3, attention.num_heads, -1))  # (B, N, 3, H, D)
                 found[layer] = dict(zip("qkv", packed.permute(2, 0, 3, 1, 4), strict=True))
 

@@ -71,24 +71,26 @@ def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def overview(run: dict[str, Any]) -> dict[str, list[tuple[str, ...]]]:
-    """A table for every op and mode: a row a case, bertops' figures, then how many times longer peers take."""
+    """A table for every op and mode, a row a case: bertops' figures, then the ratio of every peer."""
     tables = {}
     for op, mode in dict.fromkeys((c["op"], c["mode"]) for c in run["comparisons"]):
         comparisons = [c for c in run["comparisons"] if (c["op"], c["mode"]) == (op, mode)]
         by_name = [{result["provider"]: result for result in c["results"]} for c in comparisons]
-        names = [name for name in plots.COLORS if any(name in results for results in by_name)]
-        peers = [name for name in names if name != BASE]
+        seen = {name for results in by_name for name in results if results[name]["status"] != "unavailable"}
+        peers = [name for name in plots.COLORS if name in seen and name != BASE]
         rows = [("", BASE, "of limit", "extra MB", *peers)]
         for comparison, results in zip(comparisons, by_name, strict=True):
             _, time, _, _, _, share, extra, _ = cells(results[BASE])
-            ratios = [overview_cell(results[name]) if name in results else "" for name in peers]
+            ratios = [overview_cell(results.get(name)) for name in peers]
             rows.append((comparison["title"], time, share, extra, *ratios))
         tables[f"{op}, {plots.MODE_NAMES[mode]}: times as long as {BASE}"] = rows
     return tables
 
 
-def overview_cell(result: dict[str, Any]) -> str:
-    return cells(result)[COLUMNS.index("vs bertops")] if result["status"] == "ok" else result["status"]
+def overview_cell(result: dict[str, Any] | None) -> str:
+    if result is None or result["status"] != "ok":
+        return "" if result is None else result["status"]
+    return cells(result)[COLUMNS.index("vs bertops")]
 
 
 def header(run: dict[str, Any]) -> Iterator[str]:

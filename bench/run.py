@@ -15,8 +15,8 @@ from bench.real import RealModel
 from bench.shapes import Case, Inputs, Mode, Scope, Takes
 from bertops.cli import machine
 
-BUDGET_S = {"quick": 0.6, "lengths": 1.0, "full": 3.0}  # of timing, a comparison
-MIN_ROUNDS = {"quick": 3, "lengths": 3, "full": 5}
+BUDGET_S = {"quick": 0.4, "lengths": 1.0, "full": 3.0}  # of timing, a comparison
+MIN_ROUNDS = {"quick": 2, "lengths": 3, "full": 5}
 QUICK_DTYPES = (torch.float32, torch.bfloat16)
 FULL_DTYPES = (*QUICK_DTYPES, torch.float16)
 
@@ -73,8 +73,9 @@ class Run:
             known = self._comparison
             if known is None or (known.op.name, known.case) != (op.name, case):
                 inputs = self.inputs(op.takes, case)
+                if known is None or known.op.name != op.name:
+                    self.measure_limits()
                 known = self._comparison = Comparison(op, case, inputs, sampled=self.scope != "full")
-                self.measure_limits()
             self.results[key] = known.run(mode, BUDGET_S[self.scope], MIN_ROUNDS[self.scope], self.step)
             self._about[key] = {"title": known.inputs.title, "checked": known.checked}
         return next(result for result in self.results[key] if result.provider == provider)

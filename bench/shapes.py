@@ -50,6 +50,7 @@ class Case:
     source: Source = "random"
     modes: tuple[Mode, ...] = ("forward",)
     compiled: bool = False  # torch.compile takes seconds a shape: only where asked for
+    chunked: bool = False  # no faster than eager
     overhead: bool = False  # the time of the call, not of the kernel
 
     @property
@@ -109,7 +110,7 @@ QUICK = [
 ]
 
 QUICK_WITH_SCORES = [
-    Case(512, source="modules", modes=("forward", "both")),
+    Case(512, source="modules", modes=("both",)),
     Case(512, modes=("forward", "both"), compiled=True),
     Case(512, padding=0.5),
 ]
@@ -138,16 +139,18 @@ def full(device: str) -> list[Case]:
     return [*real, *synthetic, *head_dims, *half, OVERHEAD]
 
 
+MINILM_V2 = Case(512, batch=1, heads=48, head_dim=8, head_dim_t=16, modes=("both",))  # widths 384 and 768
+
 QUICK_LOSSES = [
     Case(128, batch=8, modes=("both",)),
     Case(512, modes=("both",), compiled=True),
-    Case(2048, batch=1, modes=("both",)),
-    Case(512, source="modules", modes=("both",)),
-    Case(512, padding=0.5, modes=("both",)),
-    Case(512, dtype=torch.bfloat16, modes=("both",)),
+    Case(2048, batch=1, modes=("both",), chunked=True),
 ]
-
-MINILM_V2 = Case(512, heads=48, head_dim=8, head_dim_t=16, modes=("both",))  # widths 384 and 768, re-split
+QUICK_OF_LOSS = {  # one each, as peers take a second a call
+    "attention_score_mse": [Case(512, padding=0.5, modes=("both",))],
+    "attention_kl": [Case(512, source="modules", modes=("both",))],
+    "relation_kl": [Case(512, dtype=torch.bfloat16, modes=("both",)), MINILM_V2],
+}
 
 
 def lengths(
@@ -155,7 +158,15 @@ def lengths(
 ) -> list[Case]:
     """N from 128 to 16384 at B * N = 2048, and B = 1 beyond."""
     return [
-        Case(n, batch=max(1, 2048 // n), dtype=dtype, padding=padding, modes=modes, compiled=True)
+        Case(
+            n,
+            batch=max(1, 2048 // n),
+            dtype=dtype,
+            padding=padding,
+            modes=modes,
+            compiled=True,
+            chunked=n > 128,
+        )
         for n in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
     ]
 
@@ -164,7 +175,7 @@ def full_losses() -> list[Case]:
     modes: tuple[Mode, ...] = ("forward", "both")
     real = [
         Case(128, batch=16, source="docstrings", modes=modes, compiled=True),
-        Case(512, source="modules", modes=modes, compiled=True),
+        Case(512, source="modules", modes=modes, compiled=True, chunked=True),
     ]
     synthetic = [
         case
@@ -184,8 +195,10 @@ def cases(op: str, scope: Scope, device: str) -> list[Case]:
     if op in ("attention", "attention_with_scores"):
         quick = QUICK if op == "attention" else QUICK_WITH_SCORES
         return {"quick": quick, "lengths": [], "full": full(device)}[scope]
-    resplit = [MINILM_V2] if op == "relation_kl" and scope != "lengths" else []
-    return [*{"quick": QUICK_LOSSES, "lengths": lengths(), "full": full_losses()}[scope], *resplit]
+    if scope == "quick":
+        return [*QUICK_LOSSES, *QUICK_OF_LOSS[op]]
+    resplit = [MINILM_V2] if op == "relation_kl" and scope == "full" else []
+    return [*(lengths() if scope == "lengths" else full_losses()), *resplit]
 
 
 def random_inputs(takes: Takes, case: Case, device: torch.device) -> Inputs:

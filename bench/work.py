@@ -47,8 +47,8 @@ def relation_kl(inputs: Inputs, mode: Mode) -> Work:
 
 
 def attention_score_mse(inputs: Inputs, mode: Mode) -> Work:
-    """The cheaper of two forms. Gram: six products of (D, N) by (N, D), of which those of a tensor with itself
-    are symmetric and count half; the backward multiplies rows by (D, D) four times. Direct: the score
+    """The cheaper of two forms. Gram: six products of (D, N) by (N, D), of which the four of a tensor with
+    itself are symmetric and count half; the backward multiplies rows by (D, D) four times. Direct: the score
     products, dQ and dK. No exps; reads all inputs, writes the gradients.
     """
     d_s, d_t = head_dims(inputs)
