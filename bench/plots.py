@@ -207,7 +207,7 @@ def line_panel(
     axes.set_xlim(lengths[0] * 0.9, lengths[-1] * (lengths[-1] / lengths[0]) ** 0.33)
     axes.set_xlabel(length_label(comparisons))
     axes.set_ylabel(unit)
-    axes.yaxis.set_major_locator(LogLocator(numticks=9))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_major_formatter("{x:,g}")
     axes.yaxis.set_minor_formatter("")
     return {provider: line[-1] for provider, line in found.items()}
