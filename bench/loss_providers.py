@@ -20,7 +20,8 @@ from bench.providers import Call, Provider, compiled, compiled_flex, is_compiled
 from bench.shapes import Case, Inputs, Mode, Takes
 
 CHUNK = {"cpu": 128, "cuda": 1024}  # query rows whose maps live at a time
-LONGEST_MAP = 4096  # the reference holds a whole map up to this length
+LONGEST_MAP = 1024  # the reference holds whole maps up to this length
+CHUNK_PAIRS = 2**21  # and beyond, elements of a map: 16 MB in fp64
 
 # q_s, k_s, q_t, k_t, and keys (B, 1, 1, N) or None, to the loss of every row of q (B, H, rows of q).
 Rows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -55,14 +56,15 @@ class Loss:
         return self.mean(inputs, lambda *arguments: in_chunks(self.rows, chunk, *arguments))
 
     def reference(self, whole: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
-        """The rows by ``whole``, of bertops.reference, or in chunks where its maps would be too large."""
+        """The rows by ``whole``, of bertops.reference, or in chunks where its maps would be large."""
 
         def call(*arguments: Tensor) -> list[Tensor]:
             *tensors, mask = arguments
             if tensors[0].shape[2] <= LONGEST_MAP:
                 return [whole(*tensors, mask)]
             keys = None if mask is None else mask[:, None, None, :]
-            rows = in_chunks(self.rows, LONGEST_MAP // 4, *pair(tensors), keys)
+            chunk = max(1, CHUNK_PAIRS // (tensors[0].shape[:3].numel()))
+            rows = in_chunks(self.rows, chunk, *pair(tensors), keys)
             return [rows if mask is None else rows.masked_fill(~mask[:, None, :], 0.0)]
 
         return call

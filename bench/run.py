@@ -16,7 +16,7 @@ from bench.shapes import Case, Inputs, Mode, Scope, Takes
 from bertops.cli import machine
 
 BUDGET_S = {"quick": 0.4, "lengths": 1.0, "full": 3.0}  # of timing, a comparison
-MIN_ROUNDS = {"quick": 2, "lengths": 3, "full": 5}
+MIN_ROUNDS = {"quick": 2, "lengths": 2, "full": 5}
 QUICK_DTYPES = (torch.float32, torch.bfloat16)
 FULL_DTYPES = (*QUICK_DTYPES, torch.float16)
 
