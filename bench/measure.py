@@ -147,7 +147,7 @@ class Comparison:
         results: list[Tensor] = []
         try:
             call = provider.make(self.inputs)
-            if provider.compiles:
+            if provider.compiles or self.device.type == "cuda":  # Triton compiles too
                 self.results(call, mode)
             start = time.perf_counter()
             extra_bytes = peak_extra_bytes(self.device, lambda: results.extend(self.results(call, mode)))
