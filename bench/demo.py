@@ -1,7 +1,8 @@
 """``python -m bench.demo``: a student of all-MiniLM-L6-v2 learns from its teacher's attention on real text.
 
 The student starts as some of the teacher's layers and is trained with MiniLM's loss (attention and value
-relation of the last layer) plus TinyBERT's attention loss (scores of every layer). A second student, of the
+relation of the last layer, whose rest stays the teacher's) plus TinyBERT's attention loss (scores of every
+layer). A second student, of the
 same weights and on the same batches, takes the same losses in plain PyTorch from the same captured q, k and
 v: it multiplies out every score map, once for all losses that need it. Both models run bertops' attention, so
 only the losses differ. The two take turns step by step: a slow moment of the machine hits both.
@@ -299,7 +300,7 @@ def report(run: dict[str, Any]) -> str:
     ranked = run["spearman"]
     after = ", ".join(f"{value:.4f} ({name})" for name, value in ranked["after"].items())
     lines += [
-        f"\nSpearman correlation with the teacher over all pairs of {ranked['sentences']} held-out sentences:",
+        f"\nSpearman correlation with the teacher over pairs of {ranked['sentences']} held-out sentences:",
         f"{ranked['before']:.4f} before training, {after} after",
     ]
     return "\n".join(lines)
@@ -320,9 +321,9 @@ def draw(run: dict[str, Any]) -> bytes:
             above.plot(steps, run["losses"][name], color=plots.COLORS[name], linewidth=width, label=name)
         above.set_title("MiniLM's and TinyBERT's losses, all-MiniLM-L6-v2 as the teacher", loc="left")
         above.set_ylabel("loss")
-        above.set_yscale("log")
+        above.set_ylim(bottom=0)
         above.legend(frameon=False)
-        below.plot(steps, run["relative_differences"], color=plots.INK, linewidth=1)
+        below.plot(steps, run["relative_differences"], ".", color=plots.INK, markersize=3)
         below.hlines(SAME_CURVE, 1, min(COMPARED_STEPS, len(steps)), color=plots.QUIET, linestyle="dashed")
         below.set_yscale("log")
         below.set_ylabel("relative difference")
