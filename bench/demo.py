@@ -2,10 +2,10 @@
 
 The student starts as some of the teacher's layers and is trained with MiniLM's loss (attention and value
 relation of the last layer, whose rest stays the teacher's) plus TinyBERT's attention loss (scores of every
-layer). A second student, of the
-same weights and on the same batches, takes the same losses in plain PyTorch from the same captured q, k and
-v: it multiplies out every score map, once for all losses that need it. Both models run bertops' attention, so
-only the losses differ. The two take turns step by step: a slow moment of the machine hits both.
+layer). A second student, of the same weights and on the same batches, takes the same losses in plain PyTorch
+from the same captured q, k and v: it multiplies out every score map, once for all losses that need it. Both
+models run bertops' attention, so only the losses differ. The two take turns step by step: a slow moment of
+the machine hits both.
 """
 
 import argparse
