@@ -18,10 +18,15 @@ def attention_kl_fwd(
     lse_s: Tensor | None,
     lse_t: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns KL, lse_s and lse_t (B, H, N); see :func:`bertops.attention_kl`."""
-    scales = kl_scales(scale_s, scale_t, is_exact(q_s, q_t))
-    loss = "kl" if lse_s is None else "kl_given"
-    return pair_fwd(loss, (q_s, k_s, q_t, k_t), (lse_s, lse_t), mask, cu_seqlens, scales)
+    """Returns KL, lse_s and lse_t (B, H, N); see :func:`bertops.attention_kl`.
+
+    In fp32, where products take the time, a given lse is not used: its rounding would be the largest error.
+    """
+    exact = is_exact(q_s, q_t)
+    given = (None, None) if exact else (lse_s, lse_t)
+    loss = "kl" if given[0] is None else "kl_given"
+    scales = kl_scales(scale_s, scale_t, exact)
+    return pair_fwd(loss, (q_s, k_s, q_t, k_t), given, mask, cu_seqlens, scales)
 
 
 def attention_kl_bwd(

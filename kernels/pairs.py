@@ -4,6 +4,7 @@ One family serves attention_kl, relation_kl and the direct form of attention_sco
 
     "kl"        KL of every row and both lse, found in one pass
     "kl_given"  the same where both lse are known: one exp fewer for every pair
+    "kl_rest"   what both lse, as rounded to fp32, miss of the true ones
     "mse"       the sum over the keys of (S - T)^2
 
 The backward is in pairs_bwd.py. In half precision exponents count in powers of 2 (the launcher puts log2(e)
@@ -40,6 +41,7 @@ _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
 _NO_KEY = tl.constexpr(-1e30)  # below every score; unlike -inf it can be subtracted from itself
 _LOWEST = tl.constexpr(-3e38)
+_INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(n) for n in range(8, 0, -1)))
 
 
 @triton.jit
@@ -53,6 +55,35 @@ def power(
     else:
         p = tl.exp2(x)
     return p
+
+
+@triton.jit
+def exp_difference(
+    exp_s,  # exp(x + gap)
+    exp_t,  # exp(x)
+    gap,
+):
+    """exp_s - exp_t, with all digits of a small gap."""
+    series = 1.0 / 362880
+    for factor in tl.static_range(8):  # 1/8! + gap / 9!, 1/7! + gap / 8! + ..., down to 1 + gap / 2 + ...
+        series = series * gap + _INVERSE_FACTORIALS[factor]
+    return tl.where(tl.abs(gap) < 0.5, exp_t * gap * series, exp_s - exp_t)
+
+
+@triton.jit
+def log_ratio(
+    total_s,
+    total_t,
+    excess,  # total_s - total_t
+):
+    """log(total_s / total_t), with all digits where they are close."""
+    x = excess / total_t
+    y = x / (2 + x)
+    square = y * y
+    series = 1.0 / 17
+    for step in tl.static_range(8):  # 2 atanh(y) = 2 (y + y^3 / 3 + y^5 / 5 + ...)
+        series = series * square + 1.0 / (15 - 2 * step)
+    return tl.where(tl.abs(x) < 0.5, 2 * y * series, tl.log(total_s / total_t))
 
 
 @triton.jit
@@ -78,11 +109,11 @@ def pair_fwd_kernel(
     k_s,  # (B, H, N, D_s)
     q_t,  # (B, H, N, D_t)
     k_t,  # (B, H, N, D_t)
-    given_s,  # (B, H, N) fp32 or None
-    given_t,  # (B, H, N) fp32 or None
-    rows,  # (B, H, N) fp32: the loss
-    lse_s,  # (B, H, N) fp32, or None for "mse"
-    lse_t,  # (B, H, N) fp32, or None for "mse"
+    given_s,  # (B, H, N) fp32: lse, or None
+    given_t,  # (B, H, N) fp32: lse, or None
+    rows,  # (B, H, N) fp32: the loss, or None for "kl_rest"
+    lse_s,  # (B, H, N) fp32: lse or its rest, or None for "mse"
+    lse_t,  # (B, H, N) fp32: lse or its rest, or None for "mse"
     q_s_strides,  # of B, H, N
     k_s_strides,
     q_t_strides,
@@ -108,7 +139,8 @@ def pair_fwd_kernel(
     # KL = sum_j e^a (a - b) / l_t + ln(l_s / l_t),  l_t = sum_j e^a,  l_s = sum_j e^b.
     # The shifts are the maxima so far; when they move, l shrinks and so does acc = sum_j e^a (a - b), whose
     # differences a - b all change by the same amount. Nothing of the size of a score or an lse cancels.
-    # Given both lse, they are the shifts and KL = acc. For "mse", acc = sum_j (S - T)^2 with shifts of 0.
+    # With EXACT, excess = l_s - l_t is summed from differences of its own: near convergence ln(l_s / l_t) would
+    # else have no digits but those of 1. Given both lse, they are the shifts and KL = acc.
     batch, head, sequence, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_M)
     if mask is not None:
         mask += tl.cast(batch, tl.int64) * N
@@ -134,13 +166,15 @@ def pair_fwd_kernel(
 
     stat_rows = (tl.cast(batch, tl.int64) * H + head) * N + row + tl.arange(0, BLOCK_M)
     unit = 1.0 if EXACT else _LOG2E
+    natural = 1.0 if EXACT else _LN2
     shift_s = tl.full([BLOCK_M], _NO_KEY, tl.float32)
     shift_t = tl.full([BLOCK_M], _NO_KEY, tl.float32)
-    if LOSS == "kl_given":
+    if given_s is not None:
         shift_s = tl.load(given_s + stat_rows, mask=real, other=0.0) * unit
         shift_t = tl.load(given_t + stat_rows, mask=real, other=0.0) * unit
     total_s = tl.zeros([BLOCK_M], tl.float32)
     total_t = tl.zeros([BLOCK_M], tl.float32)
+    excess = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M], tl.float32)
 
     for CHECK in tl.static_range(2):
@@ -172,6 +206,14 @@ def pair_fwd_kernel(
                 if CHECK:
                     p = tl.where(real_keys[None, :], p, 0.0)
                 acc += tl.sum(p * (a - b), 1)
+            elif LOSS == "kl_rest":
+                p_s = power(log_prob(s, slope_s, shift_s[:, None], EXACT), EXACT)
+                p_t = power(log_prob(t, slope_t, shift_t[:, None], EXACT), EXACT)
+                if CHECK:
+                    p_s = tl.where(real_keys[None, :], p_s, 0.0)
+                    p_t = tl.where(real_keys[None, :], p_t, 0.0)
+                total_s += tl.sum(p_s, 1)
+                total_t += tl.sum(p_t, 1)
             else:
                 visible_s = s
                 visible_t = t
@@ -189,29 +231,39 @@ def pair_fwd_kernel(
                     p_s = tl.where(real_keys[None, :], p_s, 0.0)
                 moved_s = shift_s - new_s
                 moved_t = shift_t - new_t
+                shrink_s = power(moved_s, EXACT)
                 shrink_t = power(moved_t, EXACT)
                 acc = (acc + (moved_t - moved_s) * total_t) * shrink_t + tl.sum(p_t * (a - b), 1)
+                if EXACT:
+                    difference = exp_difference(p_s, p_t, b - a)
+                    if CHECK:
+                        difference = tl.where(real_keys[None, :], difference, 0.0)
+                    moved = exp_difference(shrink_s, shrink_t, moved_s - moved_t) * total_t
+                    excess = excess * shrink_s + moved + tl.sum(difference, 1)
                 total_t = total_t * shrink_t + tl.sum(p_t, 1)
-                total_s = total_s * power(moved_s, EXACT) + tl.sum(p_s, 1)
+                total_s = total_s * shrink_s + tl.sum(p_s, 1)
                 shift_s = new_s
                 shift_t = new_t
 
-    if LOSS == "kl":
-        total_s = tl.where(real, total_s, 1.0)
-        total_t = tl.where(real, total_t, 1.0)
-        loss = acc / total_t * gain + tl.log(total_s / total_t)
-    else:
+    total_s = tl.where(real, total_s, 1.0)
+    total_t = tl.where(real, total_t, 1.0)
+    if rows is not None:
         loss = acc * gain
-    tl.store(rows + stat_rows, tl.where(real, loss, 0.0), mask=inside)
-    if LOSS != "mse":
-        natural = 1.0 if EXACT else _LN2
-        row_lse_s = tl.where(real, shift_s * natural + tl.log(total_s), float("-inf"))
-        row_lse_t = tl.where(real, shift_t * natural + tl.log(total_t), float("-inf"))
-        if LOSS == "kl_given":
-            row_lse_s = tl.load(given_s + stat_rows, mask=real, other=float("-inf"))
-            row_lse_t = tl.load(given_t + stat_rows, mask=real, other=float("-inf"))
-        tl.store(lse_s + stat_rows, row_lse_s, mask=inside)
-        tl.store(lse_t + stat_rows, row_lse_t, mask=inside)
+        if LOSS == "kl":
+            loss = acc / total_t * gain
+            loss += log_ratio(total_s, total_t, excess) if EXACT else tl.log(total_s / total_t)
+        tl.store(rows + stat_rows, tl.where(real, loss, 0.0), mask=inside)
+    if lse_s is not None:
+        found_s = tl.log(total_s)
+        found_t = tl.log(total_t)
+        if LOSS == "kl":
+            found_s += shift_s * natural
+            found_t += shift_t * natural
+        elif LOSS == "kl_given":
+            found_s = tl.load(given_s + stat_rows, mask=inside, other=0.0)
+            found_t = tl.load(given_t + stat_rows, mask=inside, other=0.0)
+        tl.store(lse_s + stat_rows, tl.where(real, found_s, float("-inf")), mask=inside)
+        tl.store(lse_t + stat_rows, tl.where(real, found_t, float("-inf")), mask=inside)
 
 
 _fwd_kernel = tunable(pair_fwd_kernel)
@@ -226,7 +278,7 @@ class Scales(NamedTuple):
 
 
 def is_exact(q_s: Tensor, q_t: Tensor) -> bool:
-    """Both in fp32; a model in half precision costs more than exp2 of the special function unit does."""
+    """Both in fp32: rounding a model to half precision costs more than the fast exp2 does."""
     return q_s.dtype == q_t.dtype == torch.float32
 
 
@@ -248,13 +300,15 @@ def pair_fwd(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     scales: Scales,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Returns the rows' losses (B, H, N) and, but for "mse", the lse (B, H, N) of both models."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns the rows' losses and the lse of both models, or their rest, (B, H, N); None for what has none."""
     q_s, k_s, q_t, k_t = (in_place(x) for x in inputs)
-    rows = q_s.new_empty(q_s.shape[:3], dtype=torch.float32)
-    lse_s, lse_t = (None, None) if loss == "mse" else (torch.empty_like(rows), torch.empty_like(rows))
+    rows, lse_s, lse_t = (
+        q_s.new_empty(q_s.shape[:3], dtype=torch.float32) if wanted else None
+        for wanted in (loss != "kl_rest", loss != "mse", loss != "mse")
+    )
     given_s, given_t = (None if lse is None else lse.float().contiguous() for lse in given)
-    if rows.numel() > 0:
+    if q_s.numel() > 0:
         tensors = q_s, k_s, q_t, k_t, given_s, given_t, rows, lse_s, lse_t
         strides = tuple(x.stride()[:3] for x in (q_s, k_s, q_t, k_t))
         launch_pair(

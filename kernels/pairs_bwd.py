@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bertops._library import rows_first
 from bertops.kernels.launch import in_place, near_strides, tunable
-from bertops.kernels.pairs import Scales, launch_pair, log_prob, power
+from bertops.kernels.pairs import Scales, is_exact, launch_pair, log_prob, pair_fwd, power
 from bertops.kernels.tiles import (
     find_block,
     first_packed_row,
@@ -26,6 +26,23 @@ FP16_BOOST = 14  # a difference of probabilities times 2^14, or two of them, fit
 
 
 @triton.jit
+def load_stat(
+    stat,  # (B, H, N) fp32 or None
+    rows,  # (BLOCK,) offsets
+    real,  # (BLOCK,) bool, not looked at unless CHECK
+    CHECK: tl.constexpr,
+):
+    """(BLOCK,): 0 where there is none."""
+    if stat is None:
+        values = tl.zeros(rows.shape, tl.float32)
+    elif CHECK:
+        values = tl.load(stat + rows, mask=real, other=0.0)
+    else:
+        values = tl.load(stat + rows)
+    return values
+
+
+@triton.jit
 def load_shift(
     lse,  # (B, H, N) fp32, or None for "mse"
     rows,  # (BLOCK,) offsets
@@ -35,12 +52,7 @@ def load_shift(
     CHECK: tl.constexpr,
 ):
     """(BLOCK,): what to subtract from a row's scores, so that its power is 2^BOOST times the probability."""
-    if lse is None:
-        shift = tl.zeros(rows.shape, tl.float32)
-    elif CHECK:
-        shift = tl.load(lse + rows, mask=real, other=0.0)
-    else:
-        shift = tl.load(lse + rows)
+    shift = load_stat(lse, rows, real, CHECK)
     if not EXACT:
         shift = shift * _LOG2E - BOOST
     return shift
@@ -54,6 +66,8 @@ def score_gap(
     slope_t,
     shift_s,  # broadcasts to a tile
     shift_t,
+    rest_s,  # of the lse, not looked at unless EXACT
+    rest_t,
     LOSS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -61,8 +75,12 @@ def score_gap(
     if LOSS == "mse":
         gap = s * slope_s - t * slope_t
     else:
-        p_s = power(log_prob(s, slope_s, shift_s, EXACT), EXACT)
-        gap = p_s - power(log_prob(t, slope_t, shift_t, EXACT), EXACT)
+        log_s = log_prob(s, slope_s, shift_s, EXACT)
+        log_t = log_prob(t, slope_t, shift_t, EXACT)
+        if EXACT:
+            log_s -= rest_s
+            log_t -= rest_t
+        gap = power(log_s, EXACT) - power(log_t, EXACT)
     return gap
 
 
@@ -92,6 +110,8 @@ def pair_bwd_dq_kernel(
     k_t,  # (B, H, N, D_t)
     lse_s,  # (B, H, N) fp32, or None for "mse"
     lse_t,  # (B, H, N) fp32, or None for "mse"
+    rest_s,  # (B, H, N) fp32: what lse_s misses, or None
+    rest_t,  # (B, H, N) fp32: what lse_t misses, or None
     dq_s,  # (B, H, N, D_s) over (B, N, H, D_s) memory
     grad_rows_strides,  # of B, H, N
     q_s_strides,
@@ -137,6 +157,8 @@ def pair_bwd_dq_kernel(
     stat_rows = (tl.cast(batch, tl.int64) * H + head) * N + row + tl.arange(0, BLOCK_M)
     shift_s = load_shift(lse_s, stat_rows, real, BOOST, EXACT, True)
     shift_t = load_shift(lse_t, stat_rows, real, BOOST, EXACT, True)
+    row_rest_s = load_stat(rest_s, stat_rows, real, True)
+    row_rest_t = load_stat(rest_t, stat_rows, real, True)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D_S], tl.float32)
     for CHECK in tl.static_range(2):
@@ -157,7 +179,18 @@ def pair_bwd_dq_kernel(
             )
             s = tl.dot(q_s_rows, tl.trans(k_s_rows), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
             t = tl.dot(q_t_rows, tl.trans(k_t_rows), input_precision="ieee")
-            gap = score_gap(s, t, slope_s, slope_t, shift_s[:, None], shift_t[:, None], LOSS, EXACT)
+            gap = score_gap(
+                s,
+                t,
+                slope_s,
+                slope_t,
+                shift_s[:, None],
+                shift_t[:, None],
+                row_rest_s[:, None],
+                row_rest_t[:, None],
+                LOSS,
+                EXACT,
+            )
             if CHECK and LOSS == "kl":
                 gap = tl.where(real_keys[None, :], gap, 0.0)
             acc = tl.dot(gap.to(k_s_rows.dtype), k_s_rows, acc, input_precision="ieee")
@@ -177,6 +210,8 @@ def pair_bwd_dk_kernel(
     k_t,  # (B, H, N, D_t)
     lse_s,  # (B, H, N) fp32, or None for "mse"
     lse_t,  # (B, H, N) fp32, or None for "mse"
+    rest_s,  # (B, H, N) fp32: what lse_s misses, or None
+    rest_t,  # (B, H, N) fp32: what lse_t misses, or None
     dk_s,  # (B, H, N, D_s) over (B, N, H, D_s) memory
     grad_rows_strides,  # of B, H, N
     q_s_strides,
@@ -246,6 +281,8 @@ def pair_bwd_dk_kernel(
                 g = g / unit
             shift_s = load_shift(lse_s, stat_row + queries, real_queries, BOOST, EXACT, CHECK)
             shift_t = load_shift(lse_t, stat_row + queries, real_queries, BOOST, EXACT, CHECK)
+            row_rest_s = load_stat(rest_s, stat_row + queries, real_queries, CHECK)
+            row_rest_t = load_stat(rest_t, stat_row + queries, real_queries, CHECK)
             q_s_rows = load_rows(
                 q_s + step * q_s_strides[2], q_s_strides[2], real_queries, HEAD_DIM_S, BLOCK_D_S, BLOCK_M, CHECK
             )
@@ -259,7 +296,18 @@ def pair_bwd_dk_kernel(
             else:
                 s = tl.dot(k_s_rows, tl.trans(q_s_rows), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
                 t = tl.dot(k_t_rows, tl.trans(q_t_rows), input_precision="ieee")
-            gap = score_gap(s, t, slope_s, slope_t, shift_s[None, :], shift_t[None, :], LOSS, EXACT)
+            gap = score_gap(
+                s,
+                t,
+                slope_s,
+                slope_t,
+                shift_s[None, :],
+                shift_t[None, :],
+                row_rest_s[None, :],
+                row_rest_t[None, :],
+                LOSS,
+                EXACT,
+            )
             acc = tl.dot((gap * g[None, :]).to(q_s_rows.dtype), q_s_rows, acc, input_precision="ieee")
 
     dk_rows = tl.where(real[:, None], acc * (unit * tl.cast(gain, tl.float32)), 0.0)
@@ -287,7 +335,8 @@ def pair_bwd(
     q_s, k_s, q_t, k_t = (in_place(x) for x in inputs)
     grad_rows = near_strides(grad_rows)
     lse_s, lse_t = (None if x is None else x.contiguous() for x in lse)
-    tensors = grad_rows, q_s, k_s, q_t, k_t, lse_s, lse_t
+    rest_s, rest_t = lse_rest(loss, (q_s, k_s, q_t, k_t), (lse_s, lse_t), mask, cu_seqlens, scales)
+    tensors = grad_rows, q_s, k_s, q_t, k_t, lse_s, lse_t, rest_s, rest_t
     strides = tuple(x.stride()[:3] for x in (grad_rows, q_s, k_s, q_t, k_t))
     scales, flags = boosted(loss, scales, q_s.dtype)
     for kernel, name, block, out in (
@@ -297,6 +346,21 @@ def pair_bwd(
         arguments = (*tensors, out, *strides)
         launch_pair(kernel, name, block, (q_s, q_t), arguments, (mask, cu_seqlens), scales, flags)
     return dq_s, dk_s
+
+
+def lse_rest(
+    loss: str,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    lse: tuple[Tensor | None, Tensor | None],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scales: Scales,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What fp32 cut off both lse, for fp32 models: where one key has most of the weight, that is the largest
+    error of the probabilities."""
+    if loss == "mse" or not is_exact(inputs[0], inputs[2]):
+        return None, None
+    return pair_fwd("kl_rest", inputs, lse, mask, cu_seqlens, scales)[1:]
 
 
 def boosted(loss: str, scales: Scales, dtype: torch.dtype) -> tuple[Scales, dict[str, Any]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from bertops._library import rows_first
 from bertops.kernels.launch import in_place, near_strides, tunable
 from bertops.kernels.pairs import is_exact, kl_scales, launch_pair, pair_fwd
-from bertops.kernels.pairs_bwd import boosted, gradient_unit, load_shift, score_gap
+from bertops.kernels.pairs_bwd import boosted, gradient_unit, load_shift, load_stat, lse_rest, score_gap
 from bertops.kernels.tiles import (
     find_block,
     first_packed_row,
@@ -25,6 +25,8 @@ def relation_kl_bwd_kernel(
     x_t,  # (B, H, N, D_t)
     lse_s,  # (B, H, N) fp32
     lse_t,  # (B, H, N) fp32
+    rest_s,  # (B, H, N) fp32: what lse_s misses, or None
+    rest_t,  # (B, H, N) fp32: what lse_t misses, or None
     dx_s,  # (B, H, N, D_s) over (B, N, H, D_s) memory
     grad_rows_strides,  # of B, H, N
     x_s_strides,
@@ -67,6 +69,8 @@ def relation_kl_bwd_kernel(
     stat_row = (tl.cast(batch, tl.int64) * H + head) * N + origin
     shift_s = load_shift(lse_s, stat_row + rows, real, BOOST, EXACT, True)
     shift_t = load_shift(lse_t, stat_row + rows, real, BOOST, EXACT, True)
+    row_rest_s = load_stat(rest_s, stat_row + rows, real, True)
+    row_rest_t = load_stat(rest_t, stat_row + rows, real, True)
     grad_rows = first_row(grad_rows, grad_rows_strides, batch, head, origin)
     grad_stride = grad_rows_strides[2]
     unit = 1.0
@@ -94,6 +98,8 @@ def relation_kl_bwd_kernel(
                 column_g = column_g / unit
             column_shift_s = load_shift(lse_s, stat_row + columns, real_columns, BOOST, EXACT, CHECK)
             column_shift_t = load_shift(lse_t, stat_row + columns, real_columns, BOOST, EXACT, CHECK)
+            column_rest_s = load_stat(rest_s, stat_row + columns, real_columns, CHECK)
+            column_rest_t = load_stat(rest_t, stat_row + columns, real_columns, CHECK)
             s_columns = load_rows(
                 x_s + step * x_s_strides[2], x_s_strides[2], real_columns, HEAD_DIM_S, BLOCK_D_S, BLOCK_N, CHECK
             )
@@ -102,9 +108,29 @@ def relation_kl_bwd_kernel(
             )
             s = tl.dot(s_rows, tl.trans(s_columns), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
             t = tl.dot(t_rows, tl.trans(t_columns), input_precision="ieee")
-            along = score_gap(s, t, slope_s, slope_t, shift_s[:, None], shift_t[:, None], LOSS, EXACT)
+            along = score_gap(
+                s,
+                t,
+                slope_s,
+                slope_t,
+                shift_s[:, None],
+                shift_t[:, None],
+                row_rest_s[:, None],
+                row_rest_t[:, None],
+                LOSS,
+                EXACT,
+            )
             across = score_gap(
-                s, t, slope_s, slope_t, column_shift_s[None, :], column_shift_t[None, :], LOSS, EXACT
+                s,
+                t,
+                slope_s,
+                slope_t,
+                column_shift_s[None, :],
+                column_shift_t[None, :],
+                column_rest_s[None, :],
+                column_rest_t[None, :],
+                LOSS,
+                EXACT,
             )
             ds = along * g[:, None] + across * column_g[None, :]
             if CHECK:
@@ -150,8 +176,10 @@ def relation_kl_bwd(
         return dx_s
     x_s, x_t, grad_rows = in_place(x_s), in_place(x_t), near_strides(grad_rows)
     strides = tuple(x.stride()[:3] for x in (grad_rows, x_s, x_t))
-    arguments = grad_rows, x_s, x_t, lse_s.contiguous(), lse_t.contiguous(), dx_s, *strides
     scales = kl_scales(scale_s, scale_t, is_exact(x_s, x_t))._replace(gain=scale_s)
+    lse_s, lse_t = lse_s.contiguous(), lse_t.contiguous()
+    rest_s, rest_t = lse_rest("kl", (x_s, x_s, x_t, x_t), (lse_s, lse_t), mask, cu_seqlens, scales)
+    arguments = grad_rows, x_s, x_t, lse_s, lse_t, rest_s, rest_t, dx_s, *strides
     scales, flags = boosted("kl", scales, x_s.dtype)
     launch_pair(
         _kernel, "relation_kl_bwd", "BLOCK_M", (x_s, x_t), arguments, (mask, cu_seqlens), scales, flags
