@@ -1,9 +1,23 @@
-"""TinyBERT's attention loss in Triton: the direct form's launchers; its kernels are in pairs.py."""
+"""TinyBERT's attention loss in Triton: the direct form's launchers; its kernels are in pairs.py.
+
+The Gram form is in attention_score_mse_gram.py.
+"""
 
 from torch import Tensor
 
+from bertops.kernels.attention_score_mse_gram import (
+    attention_score_mse_gram_bwd,
+    attention_score_mse_gram_fwd,
+)
 from bertops.kernels.pairs import mse_scales, pair_fwd
 from bertops.kernels.pairs_bwd import pair_bwd
+
+__all__ = [
+    "attention_score_mse_bwd",
+    "attention_score_mse_fwd",
+    "attention_score_mse_gram_bwd",
+    "attention_score_mse_gram_fwd",
+]
 
 
 def attention_score_mse_fwd(

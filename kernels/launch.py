@@ -52,6 +52,8 @@ _SM80 = {
     "pair_bwd_dq": ((64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
     "pair_bwd_dk": ((64, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
     "relation_kl_bwd": ((64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+    "gram_chunks": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    "gram_bwd": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
 }
 _SM90 = {
     "attention_fwd": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
@@ -67,6 +69,8 @@ _SM90 = {
     "pair_bwd_dq": ((64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
     "pair_bwd_dk": ((64, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
     "relation_kl_bwd": ((64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+    "gram_chunks": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    "gram_bwd": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
 }
 # Blackwell's tensor cores take no fewer than 64 rows.
 _SM100 = {
@@ -83,6 +87,8 @@ _SM100 = {
     "pair_bwd_dq": ((64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
     "pair_bwd_dk": ((64, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
     "relation_kl_bwd": ((64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+    "gram_chunks": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    "gram_bwd": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
 }
 # Dropout's random words take registers too: what replaces the entries above for head dims up to 128.
 _DROPOUT = {
@@ -117,6 +123,8 @@ _FP32 = {
     "pair_bwd_dq": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     "pair_bwd_dk": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     "relation_kl_bwd": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "gram_chunks": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1)),
+    "gram_bwd": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
 }
 
 
@@ -149,15 +157,19 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 _VARYING = ["N", "H", "num_sequences", "scale", "window", "threshold", "kept_scale"]
-_VARYING += ["slope_s", "slope_t", "gain"]
+_VARYING += ["slope_s", "slope_t", "gain", "weight_s", "weight_t", "weight_k"]
 _TUNED_BY = ["HEAD_DIM", "HAS_WINDOW", "HAS_DROPOUT", "HEAD_DIM_S", "HEAD_DIM_T", "LOSS"]
 
 
-def tunable(function: Callable) -> Any:
+def compiled(function: Callable) -> Any:
     """The kernel of ``function``; a new sequence length or batch size does not compile it again."""
-    kernel = triton.jit(function, do_not_specialize=_VARYING)
+    return triton.jit(function, do_not_specialize=_VARYING)
+
+
+def tunable(function: Callable) -> Any:
+    """The kernel of ``function``, whose block sizes BERTOPS_AUTOTUNE finds."""
     if not AUTOTUNE:
-        return kernel
+        return compiled(function)
     candidates = [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
         for m in (64, 128)
@@ -165,7 +177,7 @@ def tunable(function: Callable) -> Any:
         for warps in (4, 8)
         for stages in (2, 3)
     ]
-    return triton.autotune(candidates, key=_TUNED_BY)(kernel)
+    return triton.autotune(candidates, key=_TUNED_BY)(compiled(function))
 
 
 def near_strides(x: Tensor) -> Tensor:
@@ -254,15 +266,16 @@ def run(
     num_sequences: int,
     arguments: tuple,
     flags: dict[str, Any],
+    programs: int = 1,
 ) -> None:
-    """Runs ``kernel`` with one program for each ``block`` ("BLOCK_M" or "BLOCK_N") of rows and each head."""
+    """Runs ``kernel`` with ``programs`` for each ``block``, a block size's name, of rows and each head."""
     batch, heads, length, _ = q.shape
 
-    def grid(meta: dict[str, Any]) -> tuple[int]:
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
         if num_sequences:
-            return (heads * (length // meta[block] + num_sequences),)
-        return (batch * heads * triton.cdiv(length, meta[block]),)
+            return heads * (length // meta[block] + num_sequences), programs
+        return batch * heads * triton.cdiv(length, meta[block]), programs
 
-    meta = {} if AUTOTUNE else config.meta()
+    meta = {} if isinstance(kernel, triton.runtime.Autotuner) else config.meta()
     with torch.cuda.device_of(q):
         kernel[grid](*arguments, **flags, **meta, enable_fp_fusion=True)
