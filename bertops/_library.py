@@ -84,6 +84,7 @@ _define(f"relation_kl_bwd(Tensor grad_rows, {_SELF_PAIR}, Tensor lse_s, Tensor l
 _define(f"relation_kl_with_grads({_SELF_PAIR}) -> (Tensor, Tensor)")
 _define(f"attention_score_mse_fwd({_PAIR}) -> Tensor")
 _define(f"attention_score_mse_bwd(Tensor grad_rows, {_PAIR}) -> (Tensor, Tensor)")
+_define(f"attention_score_mse_with_grads({_PAIR}) -> (Tensor, Tensor, Tensor)")
 _define(f"attention_score_mse_gram_fwd({_PAIR}) -> (Tensor, Tensor)")
 _define(f"attention_score_mse_gram_bwd(Tensor grad, {_PAIR}, Tensor grams) -> (Tensor, Tensor)")
 
@@ -135,6 +136,11 @@ def _(q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t):
 @torch.library.register_fake("bertops::attention_score_mse_bwd")
 def _(grad_rows, q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t):
     return rows_first(q_s), rows_first(k_s)
+
+
+@torch.library.register_fake("bertops::attention_score_mse_with_grads")
+def _(q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t):
+    return _rows_of(q_s), _unscaled_grad(q_s), _unscaled_grad(k_s)
 
 
 @torch.library.register_fake("bertops::attention_score_mse_gram_fwd")

@@ -1,10 +1,12 @@
 """What the losses between two models' attention share: checks, and the mean over real rows."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bertops._library import accumulator_dtype
 from bertops.ops import _checks
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -60,7 +62,7 @@ def check_teacher(name: str, x: Tensor) -> None:
 
 
 def check_lse(name: str, lse: Tensor, x: Tensor) -> Tensor:
-    """``lse`` (B, H, N) of the scores of ``x``, as a constant."""
+    """``lse`` (B, H, N), as a constant in the dtype of the losses of the student ``x``."""
     if not isinstance(lse, Tensor) or lse.shape != x.shape[:3] or not lse.dtype.is_floating_point:
         raise ValueError(
             f"{name} must be the lse (B, H, N) = {tuple(x.shape[:3])} that bertops.attention returns, "
@@ -68,7 +70,7 @@ def check_lse(name: str, lse: Tensor, x: Tensor) -> Tensor:
         )
     if lse.device != x.device:
         raise ValueError(f"{name} must be on {x.device}, got {_checks.describe(lse)}")
-    return lse.detach()
+    return lse.detach().to(accumulator_dtype(x.dtype))
 
 
 def count_rows(x: Tensor, mask: Tensor | None) -> Tensor | int:
@@ -91,3 +93,19 @@ def count_pairs(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Te
 
 def needs_grad(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def save_grads(ctx: Any, students: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
+    """Keeps the gradients of the sum, and the inputs that they depend on: differentiating them is refused."""
+    ctx.save_for_backward(*students, *grads)
+
+
+def scaled_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """``grad`` times the gradients of the sum, in the students' dtype; students come third in the inputs."""
+    saved = ctx.saved_tensors
+    students, grads = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+    needed = ctx.needs_input_grad[2 : 2 + len(grads)]
+    return tuple(
+        (grad * x).to(student.dtype) if wanted else None
+        for x, student, wanted in zip(grads, students, needed, strict=True)
+    )

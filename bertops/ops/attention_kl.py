@@ -76,7 +76,7 @@ def attention_kl(
         missing = "lse_s" if lse_s is None else "lse_t"
         raise ValueError(f"lse_s and lse_t must both be given or both be left out, got no {missing}")
     if lse_s is not None and lse_t is not None:
-        lse_s, lse_t = _pairs.check_lse("lse_s", lse_s, q_s), _pairs.check_lse("lse_t", lse_t, q_t)
+        lse_s, lse_t = _pairs.check_lse("lse_s", lse_s, q_s), _pairs.check_lse("lse_t", lse_t, q_s)
     backend = _backend.resolve("attention_kl", impl, q_s.device)
     reduced = reduction != "none"
     if backend == "reference":
@@ -104,8 +104,7 @@ class _AttentionKL(torch.autograd.Function):
         q_s, k_s, q_t, k_t, mask, cu_seqlens, ctx.scale_s, ctx.scale_t, _, _ = arguments
         if ctx.grads_ready:
             rows, dq_s, dk_s = _attention_kl_with_grads(*arguments)
-            ctx.save_for_backward(dq_s, dk_s)
-            ctx.dtype = q_s.dtype
+            _pairs.save_grads(ctx, (q_s, k_s), (dq_s, dk_s))
         else:
             rows, lse_s, lse_t = _kernel(backend, "attention_kl_fwd")(*arguments)
             ctx.save_for_backward(q_s, k_s, q_t, k_t, mask, cu_seqlens, lse_s, lse_t)
@@ -117,10 +116,7 @@ class _AttentionKL(torch.autograd.Function):
         if grad is None:
             return (None,) * 12
         if ctx.grads_ready:
-            grads = tuple(
-                (grad * x).to(ctx.dtype) if needed else None
-                for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:4], strict=True)
-            )
+            grads = _pairs.scaled_grads(ctx, grad)
         else:
             *inputs, lse_s, lse_t = ctx.saved_tensors
             grad_rows = grad.expand(lse_s.shape) if ctx.reduced else grad

@@ -10,10 +10,11 @@ from bertops.ops import _pairs
 from bertops.ops._autograd import once_differentiable
 
 FORMS = ("auto", "gram", "direct")
-GRAM_FROM = 1.7  # N over the mean head dim from which the Gram form does fewer FLOPs
+GRAM_FROM = {"cpu": 2.5, "cuda": 1.7}  # N over the mean head dim from which the Gram form is faster
 
 _fwd = torch.ops.bertops.attention_score_mse_fwd.default
 _bwd = torch.ops.bertops.attention_score_mse_bwd.default
+_with_grads = torch.ops.bertops.attention_score_mse_with_grads.default
 _gram_fwd = torch.ops.bertops.attention_score_mse_gram_fwd.default
 _gram_bwd = torch.ops.bertops.attention_score_mse_gram_bwd.default
 
@@ -49,9 +50,9 @@ def attention_score_mse(
         dK_s = 2 g \alpha \left(\alpha K_s (Q_s^\top Q_s) - \beta K_t (Q_t^\top Q_s)\right).
 
     The subtraction cancels where A is close to B. Grams and sums are kept so that the error of the sum is at
-    most 1e-6 (1e-12 in fp64) of :math:`\|A\|^2 + \|B\|^2`; where the head dims agree the CPU kernel takes the
-    Grams of the differences :math:`\alpha Q_s - \beta Q_t` and :math:`K_s - K_t`, and a student close to
-    its teacher loses nothing.
+    most 1e-6 (1e-12 in fp64) of :math:`\|A\|^2 + \|B\|^2`. Where the head dims agree the CPU kernel goes
+    through the differences and means of :math:`\alpha Q_s` and :math:`\beta Q_t`, and of :math:`K_s` and
+    :math:`K_t`, and a student close to its teacher loses nothing.
 
     Args:
         q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t, impl: as in :func:`bertops.attention_kl`.
@@ -69,8 +70,8 @@ def attention_score_mse(
         RuntimeError: no kernel for this device, or the chosen ``impl`` is not available; says why.
 
     TinyBERT's official code divides by all B * H * N^2 pairs, padding included, and sums over layers:
-    multiply by the share of real pairs. It also takes genuine scores of -100 and less for masked ones and zeroes them;
-    here they count.
+    multiply by the share of real pairs. It also takes genuine scores of -100 and less for masked ones and
+    zeroes them; here they count.
 
     Source: Jiao et al. 2020 (TinyBERT), section 3.1, equation 7.
     """
@@ -82,44 +83,63 @@ def attention_score_mse(
         raise ValueError("form must be 'direct' or 'auto' with reduction='none', got 'gram': it has no rows")
     backend = _backend.resolve("attention_score_mse", impl, q_s.device)
     gram = form == "gram"
-    if form == "auto" and reduction != "none":
+    if form == "auto" and reduction != "none" and backend != "reference":
         gram = _gram_is_cheaper(q_s, q_t, cu_seqlens)
+    reduced = reduction != "none"
     if backend == "reference":
         loss = reference.attention_score_mse(*arguments)
+        loss = loss.sum() if reduced else loss
     elif _pairs.needs_grad(q_s, k_s):
-        loss = (_ScoreMSEGram if gram else _ScoreMSE).apply(backend, *arguments)
-    elif gram:
-        loss = _kernel(backend, "attention_score_mse_gram_fwd")(*arguments)[0]
+        loss = (
+            _ScoreMSEGram.apply(backend, *arguments)
+            if gram
+            else _ScoreMSE.apply(backend, reduced, *arguments)
+        )
     else:
-        loss = _kernel(backend, "attention_score_mse_fwd")(*arguments)
-    if reduction == "none":
-        return loss
-    return loss.sum() / _pairs.count_pairs(q_s, mask, cu_seqlens) if reduction == "mean" else loss.sum()
+        name = "attention_score_mse_gram_fwd" if gram else "attention_score_mse_fwd"
+        loss = _kernel(backend, name)(*arguments)
+        loss = loss[0].sum() if gram else loss.sum() if reduced else loss
+    return loss / _pairs.count_pairs(q_s, mask, cu_seqlens) if reduction == "mean" else loss
 
 
 def _gram_is_cheaper(q_s: Tensor, q_t: Tensor, cu_seqlens: Tensor | None) -> bool:
     sequences = 1 if cu_seqlens is None else max(1, cu_seqlens.shape[0] - 1)
-    return q_s.shape[2] / sequences > GRAM_FROM * (q_s.shape[3] + q_t.shape[3]) / 2
+    mean_head_dim = (q_s.shape[3] + q_t.shape[3]) / 2
+    return q_s.shape[2] / sequences > GRAM_FROM[q_s.device.type] * mean_head_dim
 
 
 class _ScoreMSE(torch.autograd.Function):
-    """(B, H, N) sums over the keys of every row, tile by tile."""
+    """Direct form: the sum over all pairs where ``reduced``, else (B, H, N) sums over the keys of every row.
+
+    The CPU kernel forms the gradient of the sum along with it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, backend: str, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, backend: str, reduced: bool, *arguments: Any) -> Tensor:
         ctx.set_materialize_grads(False)
+        ctx.backend, ctx.reduced, ctx.grads_ready = backend, reduced, reduced and backend == "cpu"
         *tensors, ctx.scale_s, ctx.scale_t = arguments
-        ctx.backend = backend
-        ctx.save_for_backward(*tensors)
-        return _kernel(backend, "attention_score_mse_fwd")(*arguments)
+        if ctx.grads_ready:
+            rows, dq_s, dk_s = _with_grads(*arguments)
+            _pairs.save_grads(ctx, tuple(tensors[:2]), (dq_s, dk_s))
+        else:
+            rows = _kernel(backend, "attention_score_mse_fwd")(*arguments)
+            ctx.save_for_backward(*tensors)
+            ctx.shape = rows.shape
+        return rows.sum() if reduced else rows
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor | None) -> tuple:
-        if grad_rows is None:
-            return (None,) * 9
-        kernel = _kernel(ctx.backend, "attention_score_mse_bwd")
-        return None, *kernel(grad_rows, *ctx.saved_tensors, ctx.scale_s, ctx.scale_t), *(None,) * 6
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        if grad is None:
+            return (None,) * 10
+        if ctx.grads_ready:
+            grads = _pairs.scaled_grads(ctx, grad)
+        else:
+            grad_rows = grad.expand(ctx.shape) if ctx.reduced else grad
+            kernel = _kernel(ctx.backend, "attention_score_mse_bwd")
+            grads = kernel(grad_rows, *ctx.saved_tensors, ctx.scale_s, ctx.scale_t)
+        return None, None, *grads, *(None,) * 6
 
 
 class _ScoreMSEGram(torch.autograd.Function):

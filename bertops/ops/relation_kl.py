@@ -113,8 +113,7 @@ class _RelationKL(torch.autograd.Function):
         x_s, x_t, mask, cu_seqlens, ctx.scale_s, ctx.scale_t = arguments
         if ctx.grads_ready:
             rows, dx_s = _relation_kl_with_grads(*arguments)
-            ctx.save_for_backward(dx_s)
-            ctx.dtype = x_s.dtype
+            _pairs.save_grads(ctx, (x_s,), (dx_s,))
         else:
             rows, lse_s, lse_t = _kernel(backend, "relation_kl_fwd")(*arguments)
             ctx.save_for_backward(x_s, x_t, mask, cu_seqlens, lse_s, lse_t)
@@ -126,8 +125,7 @@ class _RelationKL(torch.autograd.Function):
         if grad is None:
             return (None,) * 8
         if ctx.grads_ready:
-            (dx_s,) = ctx.saved_tensors
-            dx_s = (grad * dx_s).to(ctx.dtype)
+            (dx_s,) = _pairs.scaled_grads(ctx, grad)
         else:
             *inputs, lse_s, lse_t = ctx.saved_tensors
             grad_rows = grad.expand(lse_s.shape) if ctx.reduced else grad

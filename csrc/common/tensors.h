@@ -20,9 +20,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // (B, H, N, D) over (B, N, H, D) memory: merging the heads of the result needs no copy.
-inline Tensor rows_first(const Tensor& like) {
+inline Tensor rows_first(const Tensor& like, std::optional<ScalarType> dtype = std::nullopt) {
   const int64_t batch = like.size(0), heads = like.size(1), length = like.size(2), head_dim = like.size(3);
-  const Tensor memory = torch::stable::new_empty(like, {batch, length, heads, head_dim});
+  const Tensor memory = torch::stable::new_empty(like, {batch, length, heads, head_dim}, dtype);
   const int64_t sizes[] = {batch, heads, length, head_dim};
   const int64_t strides[] = {length * heads * head_dim, head_dim, heads * head_dim, 1};
   AtenTensorHandle view;  // without the dispatcher, which costs as much as a small kernel

@@ -4,13 +4,9 @@
 
 #include <cmath>
 #include <cstring>
-#include <numeric>
-#include <vector>
 
 #include "common/philox.h"
-#include "common/tensors.h"
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "cpu/tasks.h"
 
 #define BERTOPS_PER_ISA "cpu/attention_isa.h"
 #include "cpu/foreach_isa.h"
@@ -18,107 +14,8 @@
 namespace bertops {
 namespace {
 
-constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kQueriesPerForwardTask = 64;
 constexpr int64_t kQueriesPerBackwardTask = 256;
-
-DType dtype_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return DType::kFloat;
-    case ScalarType::Double: return DType::kDouble;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "bertops: attention takes float32, float64, bfloat16 or float16");
-  return DType::kFloat;
-}
-
-Heads heads_of(const Tensor& x) {
-  return {x.data_ptr(), dtype_of(x.scalar_type()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-}
-
-// The sequences of a batch and the positions of their real rows.
-struct Rows {
-  std::vector<int32_t> positions;
-  std::vector<Sequence> sequences;
-  int64_t longest = 0;
-
-  Rows(const Tensor& q, const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
-    const int64_t batch = q.size(0), length = q.size(2);
-    if (mask) {
-      from_mask(*mask, batch, length);
-    } else {
-      positions.resize(length);
-      std::iota(positions.begin(), positions.end(), 0);
-      if (cu_seqlens) {
-        from_offsets(*cu_seqlens, length);
-      } else {
-        for (int64_t b = 0; b < batch; ++b) add(positions.data(), length, b, 0, length, b);
-      }
-    }
-  }
-
- private:
-  void add(const int32_t* position, int64_t count, int64_t batch, int64_t begin, int64_t length,
-           int64_t identity) {
-    sequences.push_back({position, count, batch, begin, length, identity, count == length});
-    longest = std::max(longest, count);
-  }
-
-  void from_mask(const Tensor& mask, int64_t batch, int64_t length) {
-    STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 2 && mask.size(0) == batch &&
-                        mask.size(1) == length,
-                    "bertops: mask must be bool of shape (B, N)");
-    const bool* real = static_cast<const bool*>(mask.data_ptr());
-    const int64_t batch_stride = mask.stride(0), row_stride = mask.stride(1);
-    positions.resize(batch * length);
-    int32_t* next = positions.data();
-    for (int64_t b = 0; b < batch; ++b) {
-      const int32_t* first = next;
-      for (int64_t i = 0; i < length; ++i) {
-        if (real[b * batch_stride + i * row_stride]) *next++ = static_cast<int32_t>(i);
-      }
-      add(first, next - first, b, 0, length, b);
-    }
-  }
-
-  void from_offsets(const Tensor& cu_seqlens, int64_t length) {
-    STD_TORCH_CHECK(
-        cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0,
-        "bertops: cu_seqlens must be int32 of shape (number of sequences + 1,)");
-    const int32_t* offset = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-    const int64_t stride = cu_seqlens.stride(0), sequences_count = cu_seqlens.size(0) - 1;
-    STD_TORCH_CHECK(offset[0] == 0 && offset[sequences_count * stride] == length,
-                    "bertops: cu_seqlens must run from 0 to the token count");
-    for (int64_t s = 0; s < sequences_count; ++s) {
-      const int64_t begin = offset[s * stride], end = offset[(s + 1) * stride];
-      STD_TORCH_CHECK(begin <= end && end <= length, "bertops: cu_seqlens must not decrease");
-      add(positions.data(), end - begin, 0, begin, end - begin, s);
-    }
-  }
-};
-
-// The real queries of every sequence and head, in parts of at least `queries_per_task` where that feeds more threads.
-std::vector<AttentionTask> tasks_of(const Rows& rows, int64_t heads, int64_t queries_per_task) {
-  const int64_t sequences_heads = std::max<int64_t>(1, heads * static_cast<int64_t>(rows.sequences.size()));
-  const int64_t wanted =
-      (kTasksPerThread * torch::stable::get_num_threads() + sequences_heads - 1) / sequences_heads;
-  std::vector<AttentionTask> tasks;
-  for (const Sequence& sequence : rows.sequences) {
-    const int64_t most = std::max<int64_t>(1, (sequence.count + queries_per_task - 1) / queries_per_task);
-    const int64_t parts = torch::stable::get_num_threads() == 1 ? 1 : std::min(wanted, most);
-    const int64_t blocks = (sequence.count + kQueryBlock - 1) / kQueryBlock;
-    for (int64_t head = 0; head < heads; ++head) {
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t first = std::min(sequence.count, blocks * part / parts * kQueryBlock);
-        const int64_t last = std::min(sequence.count, blocks * (part + 1) / parts * kQueryBlock);
-        tasks.push_back({&sequence, head, first, last, nullptr, nullptr});
-      }
-    }
-  }
-  return tasks;
-}
 
 Attention common(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& seed,
                  int64_t window, double scale, double dropout_p) {
@@ -148,18 +45,8 @@ Attention common(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   return p;
 }
 
-// Runs FUNCTION of this processor's instruction set, in the type that a dtype is computed in.
-#define BERTOPS_DISPATCH(DTYPE, FUNCTION, ...)      \
-  if (DTYPE == DType::kDouble) {                    \
-    BERTOPS_CALL_ISA(FUNCTION<double>, __VA_ARGS__) \
-  } else {                                          \
-    BERTOPS_CALL_ISA(FUNCTION<float>, __VA_ARGS__)  \
-  }
-
-int64_t accumulator_bytes(DType dtype) { return dtype == DType::kDouble ? sizeof(double) : sizeof(float); }
-
 void forward(const Attention& p, const Rows& rows) {
-  const std::vector<AttentionTask> tasks = tasks_of(rows, p.heads, kQueriesPerForwardTask);
+  const std::vector<HeadTask> tasks = tasks_of(rows, p.heads, kQueriesPerForwardTask);
   const int64_t bytes = attention_forward_scratch(rows.longest, p.head_dim) * accumulator_bytes(p.q.dtype);
   run_tasks(tasks.size(), bytes, [&](int64_t task, void* scratch) {
     BERTOPS_DISPATCH(p.q.dtype, attention_forward, p, tasks[task], scratch)
@@ -224,44 +111,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out, std::op
   p.dk = heads_of(dk);
   p.dv = heads_of(dv);
 
-  std::vector<AttentionTask> tasks = tasks_of(rows, p.heads, kQueriesPerBackwardTask);
-  // tasks of one sequence and head follow each other; where they are several, each sums dK and dV for itself
-  std::vector<std::pair<int64_t, int64_t>> shared;
-  int64_t sums = 0;
-  for (size_t t = 0; t < tasks.size(); ++t) {
-    const bool same = !shared.empty() && tasks[shared.back().first].sequence == tasks[t].sequence &&
-                      tasks[shared.back().first].head == tasks[t].head;
-    if (same) {
-      ++shared.back().second;
-    } else {
-      shared.emplace_back(t, 1);
-    }
-  }
-  const int64_t width = padded(p.head_dim);
-  for (const auto& [first, parts] : shared) {
-    if (parts > 1) sums += 2 * parts * padded(tasks[first].sequence->count) * width;
-  }
-  std::vector<char> memory(sums * accumulator_bytes(dtype));
-  char* next = memory.data();
-  for (const auto& [first, parts] : shared) {
-    for (int64_t t = first; parts > 1 && t < first + parts; ++t) {
-      const int64_t bytes = padded(tasks[t].sequence->count) * width * accumulator_bytes(dtype);
-      tasks[t].dk = next;
-      tasks[t].dv = next + bytes;
-      next += 2 * bytes;
-    }
-  }
+  std::vector<HeadTask> tasks = tasks_of(rows, p.heads, kQueriesPerBackwardTask);
+  const int64_t row_bytes = 2 * padded(p.head_dim) * accumulator_bytes(dtype);
+  const PartialSums sums(tasks, [&](int64_t count) { return padded(count) * row_bytes; });
   const int64_t bytes = attention_backward_scratch(rows.longest, p.head_dim) * accumulator_bytes(dtype);
   run_tasks(tasks.size(), bytes, [&](int64_t task, void* scratch) {
     BERTOPS_DISPATCH(dtype, attention_backward, p, tasks[task], scratch)
   });
-  if (sums > 0) {
-    run_tasks(shared.size(), 0, [&](int64_t i, void*) {
-      const auto& [first, parts] = shared[i];
-      if (parts == 1) return;
-      BERTOPS_DISPATCH(dtype, attention_reduce, p, &tasks[first], parts)
-    });
-  }
+  sums.reduce([&](const HeadTask* parts, int64_t count) {
+    BERTOPS_DISPATCH(dtype, attention_reduce, p, parts, count)
+  });
   return {dq, dk, dv};
 }
 

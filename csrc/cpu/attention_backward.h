@@ -67,7 +67,7 @@ inline void row_dots(int64_t columns, int64_t width, const T* a, const T* b, T* 
 }
 
 template <class T>
-void attention_backward(const Attention& p, const AttentionTask& task, void* memory) {
+void attention_backward(const Attention& p, const HeadTask& task, void* memory) {
   const Sequence& sequence = *task.sequence;
   const int64_t head = task.head, head_dim = p.head_dim, count = sequence.count;
   const int64_t width = round_up(head_dim, kLanes<T>), rows = round_up(count, kPadding);
@@ -85,8 +85,8 @@ void attention_backward(const Attention& p, const AttentionTask& task, void* mem
   T* k = scratch.take(rows * width);  // (keys, width)
   T* k_panels = scratch.take(rows * width);
   T* v_panels = scratch.take(rows * width);
-  T* dk = task.dk != nullptr ? static_cast<T*>(task.dk) : scratch.take(rows * width);
-  T* dv = task.dv != nullptr ? static_cast<T*>(task.dv) : scratch.take(rows * width);
+  T* dk = task.sums != nullptr ? static_cast<T*>(task.sums) : scratch.take(2 * rows * width);
+  T* dv = dk + rows * width;
   T* q_rows = scratch.take(kQueryBlock * width);
   T* q = scratch.take(kQueryBlock * width);  // (width, queries), as are grad_out and dq
   T* grad_out_rows = scratch.take(kQueryBlock * width);
@@ -146,7 +146,7 @@ void attention_backward(const Attention& p, const AttentionTask& task, void* mem
       store_head_row(dq_rows + i * width, static_cast<T>(p.scale), p.dq, sequence, head, first + i, head_dim);
     }
   }
-  if (task.dk == nullptr) {
+  if (task.sums == nullptr) {
     for (int64_t i = 0; i < count; ++i) {
       store_head_row(dk + i * width, T(1), p.dk, sequence, head, i, head_dim);
       store_head_row(dv + i * width, T(1), p.dv, sequence, head, i, head_dim);
@@ -156,22 +156,13 @@ void attention_backward(const Attention& p, const AttentionTask& task, void* mem
 
 // dK and dV of one head from the sums of its tasks, always in the same order.
 template <class T>
-void attention_reduce(const Attention& p, const AttentionTask* tasks, int64_t count) {
+void attention_reduce(const Attention& p, const HeadTask* tasks, int64_t count) {
   const Sequence& sequence = *tasks[0].sequence;
-  const int64_t width = round_up(p.head_dim, kLanes<T>);
+  const int64_t width = round_up(p.head_dim, kLanes<T>), rows = round_up(sequence.count, kPadding);
+  T* dk = add_parts<T>(tasks, count, 2 * rows * width);
   for (int64_t i = 0; i < sequence.count; ++i) {
-    T* dk = static_cast<T*>(tasks[0].dk) + i * width;
-    T* dv = static_cast<T*>(tasks[0].dv) + i * width;
-    for (int64_t t = 1; t < count; ++t) {
-      const T* more_dk = static_cast<const T*>(tasks[t].dk) + i * width;
-      const T* more_dv = static_cast<const T*>(tasks[t].dv) + i * width;
-      for (int64_t d = 0; d < width; ++d) {
-        dk[d] += more_dk[d];
-        dv[d] += more_dv[d];
-      }
-    }
-    store_head_row(dk, T(1), p.dk, sequence, tasks[0].head, i, p.head_dim);
-    store_head_row(dv, T(1), p.dv, sequence, tasks[0].head, i, p.head_dim);
+    store_head_row(dk + i * width, T(1), p.dk, sequence, tasks[0].head, i, p.head_dim);
+    store_head_row(dk + (rows + i) * width, T(1), p.dv, sequence, tasks[0].head, i, p.head_dim);
   }
 }
 

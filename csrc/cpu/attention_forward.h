@@ -52,7 +52,7 @@ inline void softmax_step(int64_t keys, int64_t columns, int64_t width, T* scores
 }
 
 template <class T>
-void attention_forward(const Attention& p, const AttentionTask& task, void* memory) {
+void attention_forward(const Attention& p, const HeadTask& task, void* memory) {
   const Sequence& sequence = *task.sequence;
   const int64_t width = round_up(p.head_dim, kLanes<T>), rows = round_up(sequence.count, kPadding);
   T* lse = static_cast<T*>(p.lse) + (sequence.batch * p.heads + task.head) * p.length + sequence.begin;

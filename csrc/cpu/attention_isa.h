@@ -5,6 +5,7 @@
 #include "cpu/vec.h"
 #include "cpu/rows.h"
 #include "cpu/tile.h"
+#include "cpu/head_tiles.h"
 #include "cpu/attention_tiles.h"
 #include "cpu/attention_forward.h"
 #include "cpu/attention_backward.h"

@@ -32,6 +32,9 @@ inline void load_row(const S* __restrict from, int64_t stride, int64_t count, in
                      T* __restrict to) {
   int64_t i = 0;
   if (stride == 1) {
+    if constexpr (__is_same(S, T)) {
+      for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load(from + i) * scale);
+    }
 #if BERTOPS_ISA_LEVEL >= 1
     if constexpr (__is_same(S, Float16) && __is_same(T, float)) {
       for (; i + 8 <= count; i += 8) {
@@ -51,6 +54,9 @@ inline void load_row(const S* __restrict from, int64_t stride, int64_t count, in
 template <class T, class S>
 inline void store_row(const T* __restrict from, int64_t count, T scale, S* __restrict to) {
   int64_t i = 0;
+  if constexpr (__is_same(S, T)) {
+    for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load(from + i) * scale);
+  }
 #if BERTOPS_ISA_LEVEL >= 1
   if constexpr (__is_same(S, Float16) && __is_same(T, float)) {
     for (; i + 8 <= count; i += 8) {

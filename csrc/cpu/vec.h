@@ -37,9 +37,15 @@ BERTOPS_INLINE int64_t round_up(int64_t x, int64_t multiple) {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// 2^x for x up to 127: 0 below -126 (-inf too), NaN for NaN. x = n + r with |r| <= 1/2; 2^r by a polynomial of
-// degree 6 with relative error 2e-9, found by Remez exchange.
-BERTOPS_INLINE Vec<float> exp2(Vec<float> x) {
+// 2^x and 2^x - 1, the latter without the digits that subtracting 1 would lose near 0.
+template <class T>
+struct Exp2 {
+  Vec<T> value, less_one;
+};
+
+// For x up to 127: 0 and -1 below -126 (-inf too), NaN for NaN. x = n + r with |r| <= 1/2; 2^r - 1 by a polynomial of
+// degree 6 without constant term; 2^r has relative error 2e-9, found by Remez exchange.
+BERTOPS_INLINE Exp2<float> exp2_and_less_one(Vec<float> x) {
   typedef int32_t IntVec __attribute__((vector_size(BERTOPS_VEC_BYTES)));
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const Vec<float> shifted = x + magic;
@@ -50,11 +56,23 @@ BERTOPS_INLINE Vec<float> exp2(Vec<float> x) {
   p = p * r + 5.55032877711e-2f;
   p = p * r + 2.40226468906e-1f;
   p = p * r + 6.93147205737e-1f;
-  p = p * r + 1.f;
   const IntVec exponent = (reinterpret_cast<IntVec>(shifted) << 23) + (127 << 23);
-  p = p * reinterpret_cast<Vec<float>>(exponent);
-  return x < -126.f ? Vec<float>{} : p;
+  const Vec<float> power = reinterpret_cast<Vec<float>>(exponent);
+  const auto none = x < -126.f;
+  return {none ? Vec<float>{} : (p * r + 1.f) * power,
+          none ? Vec<float>{} - 1.f : p * r * power + (power - 1.f)};
 }
+
+BERTOPS_INLINE Exp2<double> exp2_and_less_one(Vec<double> x) {
+  Exp2<double> result{};
+  for (int lane = 0; lane < kLanes<double>; ++lane) {
+    result.value[lane] = __builtin_exp2(x[lane]);
+    result.less_one[lane] = __builtin_expm1(x[lane] * kLn2);
+  }
+  return result;
+}
+
+BERTOPS_INLINE Vec<float> exp2(Vec<float> x) { return exp2_and_less_one(x).value; }
 
 BERTOPS_INLINE Vec<double> exp2(Vec<double> x) {
   Vec<double> p{};
