@@ -2,6 +2,7 @@
 
 from bertops import nn
 from bertops._backend import use_impl
+from bertops.distill.capture import capture
 from bertops.ops.attention import attention
 from bertops.ops.attention_kl import attention_kl
 from bertops.ops.attention_score_mse import attention_score_mse
@@ -15,6 +16,7 @@ __all__ = [
     "attention_kl",
     "attention_score_mse",
     "attention_with_scores",
+    "capture",
     "nn",
     "relation_kl",
     "use_impl",

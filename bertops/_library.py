@@ -88,6 +88,8 @@ _define(f"attention_score_mse_with_grads({_PAIR}) -> (Tensor, Tensor, Tensor)")
 _define(f"attention_score_mse_gram_fwd({_PAIR}) -> (Tensor, Tensor)")
 _define(f"attention_score_mse_gram_bwd(Tensor grad, {_PAIR}, Tensor grams) -> (Tensor, Tensor)")
 
+_define("_scale_grad(Tensor saved, Tensor factor, ScalarType dtype) -> Tensor")
+
 
 def _rows_of(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[:3], dtype=accumulator_dtype(x.dtype))
@@ -154,6 +156,11 @@ def _(q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t):
 @torch.library.register_fake("bertops::attention_score_mse_gram_bwd")
 def _(grad, q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t, grams):
     return rows_first(q_s), rows_first(k_s)
+
+
+@torch.library.register_fake("bertops::_scale_grad")
+def _(saved, factor, dtype):
+    return rows_first(saved).to(dtype)
 
 
 # What the machine can do at most, for the bench: work on every thread of the device of ``like`` and count it.

@@ -43,11 +43,14 @@ class Attention(nn.Module):
             "cu_seqlens": cu_seqlens,
             "window": window,
             "dropout_p": self.dropout_p if self.training else 0.0,
+            "return_lse": True,
         }
+        scores = None
         if return_scores:
-            out, scores = attention_with_scores(q, k, v, mask, **options)
-            return self._merge(out), scores
-        return self._merge(attention(q, k, v, mask, **options))
-
-    def _merge(self, out: Tensor) -> Tensor:
-        return self.proj(out.transpose(1, 2).flatten(2))
+            out, scores, lse = attention_with_scores(q, k, v, mask, **options)
+        else:
+            out, lse = attention(q, k, v, mask, **options)
+        for tap in getattr(self, "bertops_taps", ()):  # of bertops.capture
+            tap.record(q, k, v, lse, mask, cu_seqlens, window, None)
+        out = self.proj(out.transpose(1, 2).flatten(2))
+        return out if scores is None else (out, scores)

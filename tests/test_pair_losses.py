@@ -102,7 +102,7 @@ def test_masked_values_reach_nothing(op, kernel, padding, poison):
         for name in clean:
             rows = masked[..., 0] if name == "loss" else masked
             assert clean[name].isfinite().all()
-            assert reduction == "mean" and name == "loss" or not clean[name][rows].any()
+            assert (reduction == "mean" and name == "loss") or not clean[name][rows].any()
         if padding == "nothing":
             assert not any(x.any() for x in clean.values())
 

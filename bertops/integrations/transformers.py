@@ -24,6 +24,8 @@ Where the result differs from ``attn_implementation="eager"``:
   under ``torch.compile``, and for DistilBERT, MobileBERT and ModernBERT, which do not hand positions down.
   MobileBERT's trigram embedding reads across the border of packed sequences, before any attention.
 
+:func:`bertops.capture` records q, k, v and lse of chosen layers, for losses that need no map.
+
 ``torch.compile(model, fullgraph=True)`` works; with ``output_attentions=True`` after one uncompiled call with
 it, in which transformers installs the hooks that collect the maps.
 """
@@ -111,21 +113,21 @@ def attention_forward(
         "window": window,
         "scale": scaling,
         "dropout_p": dropout if module.training else 0.0,
+        "return_lse": True,
     }
     if output_attentions is None:
         output_attentions = getattr(getattr(module, "config", None), "output_attentions", False)
-    if not output_attentions:
-        return attention(query, key, value, attention_mask, **options).transpose(1, 2), None
-
-    out, scores, lse = attention_with_scores(
-        query,
-        key,
-        value,
-        attention_mask,
-        **options,
-        return_lse=True,
-        scores_dtype=accumulator_dtype(query.dtype),
-    )
+    scores = None
+    if output_attentions:
+        out, scores, lse = attention_with_scores(
+            query, key, value, attention_mask, **options, scores_dtype=accumulator_dtype(query.dtype)
+        )
+    else:
+        out, lse = attention(query, key, value, attention_mask, **options)
+    for tap in getattr(module, "bertops_taps", ()):  # of bertops.capture
+        tap.record(query, key, value, lse, attention_mask, cu_seqlens, window, scaling)
+    if scores is None:
+        return out.transpose(1, 2), None
     pairs = valid_pairs(query, attention_mask, cu_seqlens, -1 if window is None else window)
     return out.transpose(1, 2), probabilities(scores, lse, pairs).to(out.dtype)
 

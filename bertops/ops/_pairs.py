@@ -11,6 +11,8 @@ from bertops.ops import _checks
 
 REDUCTIONS = ("mean", "sum", "none")
 
+_scale_grad = torch.ops.bertops._scale_grad.default
+
 # q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t: what every implementation takes.
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float, float]
 
@@ -106,6 +108,6 @@ def scaled_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     students, grads = saved[: len(saved) // 2], saved[len(saved) // 2 :]
     needed = ctx.needs_input_grad[2 : 2 + len(grads)]
     return tuple(
-        (grad * x).to(student.dtype) if wanted else None
+        _scale_grad(x, grad, student.dtype) if wanted else None
         for x, student, wanted in zip(grads, students, needed, strict=True)
     )

@@ -14,9 +14,6 @@
 namespace bertops {
 namespace {
 
-constexpr int64_t kQueriesPerForwardTask = 64;
-constexpr int64_t kQueriesPerBackwardTask = 256;
-
 Attention common(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& seed,
                  int64_t window, double scale, double dropout_p) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
@@ -46,7 +43,7 @@ Attention common(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
 }
 
 void forward(const Attention& p, const Rows& rows) {
-  const std::vector<HeadTask> tasks = tasks_of(rows, p.heads, kQueriesPerForwardTask);
+  const std::vector<HeadTask> tasks = tasks_of(rows, p.heads, kQueriesPerTask, kTasksPerThread);
   const int64_t bytes = attention_forward_scratch(rows.longest, p.head_dim) * accumulator_bytes(p.q.dtype);
   run_tasks(tasks.size(), bytes, [&](int64_t task, void* scratch) {
     BERTOPS_DISPATCH(p.q.dtype, attention_forward, p, tasks[task], scratch)
@@ -111,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out, std::op
   p.dk = heads_of(dk);
   p.dv = heads_of(dv);
 
-  std::vector<HeadTask> tasks = tasks_of(rows, p.heads, kQueriesPerBackwardTask);
+  std::vector<HeadTask> tasks = tasks_of(rows, p.heads, kQueriesPerSummingTask, kSummingTasksPerThread);
   const int64_t row_bytes = 2 * padded(p.head_dim) * accumulator_bytes(dtype);
   const PartialSums sums(tasks, [&](int64_t count) { return padded(count) * row_bytes; });
   const int64_t bytes = attention_backward_scratch(rows.longest, p.head_dim) * accumulator_bytes(dtype);

@@ -10,14 +10,10 @@
 namespace bertops {
 namespace {
 
-constexpr int64_t kQueriesPerLossTask = 64;
-constexpr int64_t kQueriesPerGradTask = 256;
-
 void run_direct(const ScoreMSE& p, const Rows& rows) {
   const bool with_grads = p.dq.data != nullptr;
   const DType dtype = p.q_s.dtype;
-  const int64_t queries_per_task = with_grads ? kQueriesPerGradTask : kQueriesPerLossTask;
-  std::vector<HeadTask> tasks = tasks_of(rows, p.heads, queries_per_task);
+  std::vector<HeadTask> tasks = loss_tasks_of(rows, p.heads, with_grads);
   const int64_t row_bytes = with_grads ? padded(p.head_dim_s) * accumulator_bytes(dtype) : 0;
   const PartialSums sums(tasks, [&](int64_t count) { return padded(count) * row_bytes; });
   const int64_t bytes = direct_scratch(p, rows.longest) * accumulator_bytes(dtype);

@@ -7,18 +7,11 @@
 #include "cpu/foreach_isa.h"
 
 namespace bertops {
-namespace {
-
-constexpr int64_t kQueriesPerLossTask = 64;
-constexpr int64_t kQueriesPerGradTask = 256;
-
-}  // namespace
 
 void run_divergence(const Divergence& p, const Rows& rows) {
   const bool with_grads = p.dq.data != nullptr;
   const DType dtype = p.q_s.dtype;
-  const int64_t queries_per_task = with_grads ? kQueriesPerGradTask : kQueriesPerLossTask;
-  std::vector<HeadTask> tasks = tasks_of(rows, p.heads, queries_per_task);
+  std::vector<HeadTask> tasks = loss_tasks_of(rows, p.heads, with_grads);
   const int64_t row_bytes = with_grads ? padded(p.head_dim_s) * accumulator_bytes(dtype) : 0;
   const PartialSums sums(tasks, [&](int64_t count) { return padded(count) * row_bytes; });
   const int64_t bytes = divergence_scratch(p, rows.longest) * accumulator_bytes(dtype);

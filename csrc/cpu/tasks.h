@@ -22,6 +22,10 @@
 
 namespace bertops {
 
+// A part that only writes rows of its own may be short; one with sums over its queries costs memory.
+constexpr int64_t kQueriesPerTask = 64, kTasksPerThread = 4;
+constexpr int64_t kQueriesPerSummingTask = 256, kSummingTasksPerThread = 2;
+
 inline DType dtype_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float: return DType::kFloat;
@@ -104,10 +108,10 @@ struct Rows {
   }
 };
 
-// The real queries of every sequence and head, in parts of at least `queries_per_task` where that feeds more
-// threads. Parts of one sequence and head follow each other.
-inline std::vector<HeadTask> tasks_of(const Rows& rows, int64_t heads, int64_t queries_per_task) {
-  constexpr int64_t tasks_per_thread = 4;
+// The real queries of every sequence and head, in parts of at least `queries_per_task` where that makes up to
+// `tasks_per_thread`. Parts of one sequence and head follow each other.
+inline std::vector<HeadTask> tasks_of(const Rows& rows, int64_t heads, int64_t queries_per_task,
+                                      int64_t tasks_per_thread) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t sequences_heads = std::max<int64_t>(1, heads * static_cast<int64_t>(rows.sequences.size()));
   const int64_t wanted = (tasks_per_thread * threads + sequences_heads - 1) / sequences_heads;
@@ -125,6 +129,12 @@ inline std::vector<HeadTask> tasks_of(const Rows& rows, int64_t heads, int64_t q
     }
   }
   return tasks;
+}
+
+// The same for a loss, whose gradient sums over queries.
+inline std::vector<HeadTask> loss_tasks_of(const Rows& rows, int64_t heads, bool with_grads) {
+  return with_grads ? tasks_of(rows, heads, kQueriesPerSummingTask, kSummingTasksPerThread)
+                    : tasks_of(rows, heads, kQueriesPerTask, kTasksPerThread);
 }
 
 // The real rows of every sequence and head in tasks of `rows_per_task`, at least one: whatever the threads, the same.
