@@ -26,7 +26,8 @@ def attention_kl_fwd(
     given = (None, None) if exact else (lse_s, lse_t)
     loss = "kl" if given[0] is None else "kl_given"
     scales = kl_scales(scale_s, scale_t, exact)
-    return pair_fwd(loss, (q_s, k_s, q_t, k_t), given, mask, cu_seqlens, scales)
+    rows, lse_s, lse_t = pair_fwd(loss, (q_s, k_s, q_t, k_t), given, mask, cu_seqlens, scales)
+    return rows, lse_s, lse_t
 
 
 def attention_kl_bwd(

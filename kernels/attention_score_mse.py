@@ -33,7 +33,8 @@ def attention_score_mse_fwd(
     """Returns the rows' sums (B, H, N) of squared differences; see :func:`bertops.attention_score_mse`."""
     scales = mse_scales(scale_s, scale_t)
     scales = scales._replace(gain=scales.gain**2)
-    return pair_fwd("mse", (q_s, k_s, q_t, k_t), (None, None), mask, cu_seqlens, scales)[0]
+    (rows,) = pair_fwd("mse", (q_s, k_s, q_t, k_t), (None, None), mask, cu_seqlens, scales)
+    return rows
 
 
 def attention_score_mse_bwd(

@@ -1,8 +1,8 @@
 """The Gram form of attention_score_mse in Triton: time and memory linear in N.
 
-With P = [alpha Q_s, -beta Q_t] and R = [K_s, K_t], of width W = D_s + D_t, a head's sum of squared differences is
-<G_P, G_R>, G_X = X^T X being (W, W). Three kernels: the Grams of chunks of rows; their sum over a sequence's
-chunks, always in the same order, and the inner product; the products of rows with Grams, which are the gradient.
+With P = [alpha Q_s, -beta Q_t] and R = [K_s, K_t], of width W = D_s + D_t, and Grams G_X = X^T X (W, W), a
+head's sum of squared differences is <G_P, G_R>. Three kernels: the Grams of chunks of rows; their sum over a
+sequence's chunks, always in the same order, and the inner product; the gradient, products of rows with Grams.
 
 Tensor cores multiply half precision exactly but truncate as they sum, so their sums are short: one block of
 rows. All longer sums round to nearest, in fp32 for Grams and in fp64 for the inner product.
@@ -46,10 +46,9 @@ def load_columns(
     """(BLOCK, TILE): 0 in rows that are not real and in columns from HEAD_DIM on."""
     columns = first + tl.arange(0, TILE)
     pointers = x + tl.arange(0, BLOCK)[:, None] * stride + columns[None, :]
-    if HEAD_DIM % TILE == 0:
-        inside = real[:, None]
-    else:
-        inside = real[:, None] & (columns < HEAD_DIM)[None, :]
+    inside = real[:, None]
+    if HEAD_DIM % TILE != 0:
+        inside = inside & (columns < HEAD_DIM)[None, :]
     return tl.load(pointers, mask=inside, other=0.0)
 
 
@@ -110,7 +109,7 @@ def chunk_grams_kernel(
     # A program owns a chunk of rows, P or R, and the tiles (a, b) of student x student, student x teacher and
     # teacher x teacher. The factors go to fp32: with one that only the launch knows, no compiler merges the
     # addition into the product.
-    batch, head, sequence, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, CHUNK)
+    batch, head, _, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, CHUNK)
     if mask is not None:
         mask += tl.cast(batch, tl.int64) * N
     TILES: tl.constexpr = (max(HEAD_DIM_S, HEAD_DIM_T) + BLOCK_N - 1) // BLOCK_N
@@ -192,7 +191,7 @@ def sum_grams_kernel(
         tile = rows[:, None] * WIDTH + columns[None, :]
         p = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
         r = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-        for chunk in range(0, count):
+        for chunk in range(count):
             pointers = parts + (part + chunk) * (2 * WIDTH * WIDTH) + tile
             p += tl.load(pointers, mask=inside, other=0.0)
             r += tl.load(pointers + WIDTH * WIDTH, mask=inside, other=0.0)
@@ -332,10 +331,10 @@ def attention_score_mse_gram_fwd(
     batch, heads, length, _ = q_s.shape
     width = q_s.shape[3] + q_t.shape[3]
     count = sequences.num_sequences or batch
-    sums = q_s.new_zeros((count, heads), dtype=torch.float32)
+    sums = q_s.new_empty((count, heads), dtype=torch.float32)
     grams = q_s.new_empty((count, heads, 2, width, width), dtype=torch.float32)
     if grams.numel() == 0 or length == 0:
-        return sums, grams.zero_()
+        return sums.zero_(), grams.zero_()
     config, flags = _config("gram_chunks", q_s, q_t)
     tiles = triton.cdiv(max(q_s.shape[3], q_t.shape[3]), config.block_n)
     programs = 2 * tiles * tiles

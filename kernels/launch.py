@@ -128,7 +128,10 @@ def block_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, drop
     """Block sizes of ``kernel`` on an architecture: 10 * major + minor, or 0 for the interpreter."""
     if arch == INTERPRETER:
         # in fp32 square, so that the BLAS under the interpreter sums Q K^T and dO V^T in one order everywhere
-        return BlockConfig(16, 16 if dtype == torch.float32 else 32, 4, 1)
+        if dtype == torch.float32:
+            side = 16 if kernel.startswith("attention") else 32
+            return BlockConfig(side, side, 4, 1)
+        return BlockConfig(16, 32, 4, 1)
     column = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     if dtype == torch.float32:
         return BlockConfig(*_FP32[kernel][column])
@@ -187,7 +190,7 @@ def in_place(x: Tensor) -> Tensor:
 
 
 class Sequences(NamedTuple):
-    """Where the rows of (B, H, N, D) tensors lie and which are real; num_sequences is 0 but for packed ones."""
+    """Which rows of (B, H, N, D) tensors are real or belong together; num_sequences is 0 unless packed."""
 
     mask: Tensor | None
     cu_seqlens: Tensor | None

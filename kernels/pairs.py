@@ -50,11 +50,7 @@ def power(
     EXACT: tl.constexpr,
 ):
     """e^x to about 1 ulp with EXACT, else 2^x."""
-    if EXACT:
-        p = exact_exp(x)
-    else:
-        p = tl.exp2(x)
-    return p
+    return exact_exp(x) if EXACT else tl.exp2(x)
 
 
 @triton.jit
@@ -104,6 +100,21 @@ def log_prob(
     return product - shift
 
 
+@triton.jit
+def load_block(
+    x,  # at row 0
+    stride,  # of a row
+    row,  # first of the block
+    real,  # (BLOCK,) bool, not looked at unless CHECK
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """(BLOCK, BLOCK_D): rows that are not real, and dims from HEAD_DIM on, come as 0."""
+    return load_rows(x + tl.cast(row, tl.int64) * stride, stride, real, HEAD_DIM, BLOCK_D, BLOCK, CHECK)
+
+
 def pair_fwd_kernel(
     q_s,  # (B, H, N, D_s)
     k_s,  # (B, H, N, D_s)
@@ -139,9 +150,9 @@ def pair_fwd_kernel(
     # KL = sum_j e^a (a - b) / l_t + ln(l_s / l_t),  l_t = sum_j e^a,  l_s = sum_j e^b.
     # The shifts are the maxima so far; when they move, l shrinks and so does acc = sum_j e^a (a - b), whose
     # differences a - b all change by the same amount. Nothing of the size of a score or an lse cancels.
-    # With EXACT, excess = l_s - l_t is summed from differences of its own: near convergence ln(l_s / l_t) would
-    # else have no digits but those of 1. Given both lse, they are the shifts and KL = acc.
-    batch, head, sequence, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_M)
+    # With EXACT, excess = l_s - l_t is a sum of its own: near convergence ln(l_s / l_t) would else have no
+    # digits but those of 1. Given both lse, they are the shifts and KL = acc.
+    batch, head, _, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_M)
     if mask is not None:
         mask += tl.cast(batch, tl.int64) * N
     queries = first + tl.arange(0, BLOCK_M)
@@ -184,16 +195,11 @@ def pair_fwd_kernel(
         for key in range(0, stop - start, BLOCK_N):
             key = tl.multiple_of(start + key, BLOCK_N)
             keys = key + tl.arange(0, BLOCK_N)
-            step = tl.cast(key, tl.int64)
             real_keys = keys < length
             if CHECK:
                 real_keys = load_real(mask, keys, length)
-            k_s_rows = load_rows(
-                k_s + step * k_s_strides[2], k_s_strides[2], real_keys, HEAD_DIM_S, BLOCK_D_S, BLOCK_N, CHECK
-            )
-            k_t_rows = load_rows(
-                k_t + step * k_t_strides[2], k_t_strides[2], real_keys, HEAD_DIM_T, BLOCK_D_T, BLOCK_N, CHECK
-            )
+            k_s_rows = load_block(k_s, k_s_strides[2], key, real_keys, HEAD_DIM_S, BLOCK_D_S, BLOCK_N, CHECK)
+            k_t_rows = load_block(k_t, k_t_strides[2], key, real_keys, HEAD_DIM_T, BLOCK_D_T, BLOCK_N, CHECK)
             s = tl.dot(q_s_rows, tl.trans(k_s_rows), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
             t = tl.dot(q_t_rows, tl.trans(k_t_rows), input_precision="ieee")
             if LOSS == "mse":
@@ -300,8 +306,8 @@ def pair_fwd(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     scales: Scales,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Returns the rows' losses and the lse of both models, or their rest, (B, H, N); None for what has none."""
+) -> tuple[Tensor, ...]:
+    """Returns (B, H, N): the losses, but for "kl_rest"; both lse, or their rest, but for "mse"."""
     q_s, k_s, q_t, k_t = (in_place(x) for x in inputs)
     rows, lse_s, lse_t = (
         q_s.new_empty(q_s.shape[:3], dtype=torch.float32) if wanted else None
@@ -321,7 +327,7 @@ def pair_fwd(
             scales,
             {"LOSS": loss},
         )
-    return rows, lse_s, lse_t
+    return tuple(found for found in (rows, lse_s, lse_t) if found is not None)
 
 
 def launch_pair(

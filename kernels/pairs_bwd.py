@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bertops._library import rows_first
 from bertops.kernels.launch import in_place, near_strides, tunable
-from bertops.kernels.pairs import Scales, is_exact, launch_pair, log_prob, pair_fwd, power
+from bertops.kernels.pairs import Scales, is_exact, launch_pair, load_block, log_prob, pair_fwd, power
 from bertops.kernels.tiles import (
     find_block,
     first_packed_row,
@@ -85,6 +85,20 @@ def score_gap(
 
 
 @triton.jit
+def load_grad(
+    grad_rows,  # at row 0
+    stride,  # of a row
+    row,  # first of the block
+    real,  # (BLOCK,) bool, not looked at unless CHECK
+    BLOCK: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """(BLOCK,)"""
+    pointers = grad_rows + tl.cast(row, tl.int64) * stride + tl.arange(0, BLOCK) * stride
+    return tl.load(pointers, mask=real, other=0.0) if CHECK else tl.load(pointers)
+
+
+@triton.jit
 def gradient_unit(
     grad_rows,  # at the sequence's first row
     stride,  # of a row
@@ -96,8 +110,7 @@ def gradient_unit(
     for start in range(0, length, _SCAN):
         rows = start + tl.arange(0, _SCAN)
         real = load_real(mask, rows, length)
-        offsets = tl.cast(start, tl.int64) * stride + tl.arange(0, _SCAN) * stride
-        tops = tl.maximum(tops, tl.abs(tl.load(grad_rows + offsets, mask=real, other=0.0)))
+        tops = tl.maximum(tops, tl.abs(load_grad(grad_rows, stride, start, real, _SCAN, True)))
     top = tl.max(tops, 0)
     return tl.where(top > 0, top, 1.0)
 
@@ -137,7 +150,7 @@ def pair_bwd_dq_kernel(
     BOOST: tl.constexpr,
 ):
     # dQ_i = gain * g_i sum_j gap_ij K_j: what belongs to the row waits until after the sum.
-    batch, head, sequence, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_M)
+    batch, head, _, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_M)
     if mask is not None:
         mask += tl.cast(batch, tl.int64) * N
     queries = first + tl.arange(0, BLOCK_M)
@@ -167,16 +180,11 @@ def pair_bwd_dq_kernel(
         for key in range(0, stop - start, BLOCK_N):
             key = tl.multiple_of(start + key, BLOCK_N)
             keys = key + tl.arange(0, BLOCK_N)
-            step = tl.cast(key, tl.int64)
             real_keys = keys < length
             if CHECK:
                 real_keys = load_real(mask, keys, length)
-            k_s_rows = load_rows(
-                k_s + step * k_s_strides[2], k_s_strides[2], real_keys, HEAD_DIM_S, BLOCK_D_S, BLOCK_N, CHECK
-            )
-            k_t_rows = load_rows(
-                k_t + step * k_t_strides[2], k_t_strides[2], real_keys, HEAD_DIM_T, BLOCK_D_T, BLOCK_N, CHECK
-            )
+            k_s_rows = load_block(k_s, k_s_strides[2], key, real_keys, HEAD_DIM_S, BLOCK_D_S, BLOCK_N, CHECK)
+            k_t_rows = load_block(k_t, k_t_strides[2], key, real_keys, HEAD_DIM_T, BLOCK_D_T, BLOCK_N, CHECK)
             s = tl.dot(q_s_rows, tl.trans(k_s_rows), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
             t = tl.dot(q_t_rows, tl.trans(k_t_rows), input_precision="ieee")
             gap = score_gap(
@@ -196,7 +204,7 @@ def pair_bwd_dq_kernel(
             acc = tl.dot(gap.to(k_s_rows.dtype), k_s_rows, acc, input_precision="ieee")
 
     grad_rows = first_row(grad_rows, grad_rows_strides, batch, head, row)
-    g = tl.load(grad_rows + tl.arange(0, BLOCK_M) * grad_rows_strides[2], mask=real, other=0.0)
+    g = load_grad(grad_rows, grad_rows_strides[2], 0, real, BLOCK_M, True)
     dq_rows = tl.where(real[:, None], acc * (g * tl.cast(gain, tl.float32))[:, None], 0.0)
     dq_s = first_packed_row(dq_s, N, H, batch, head, row, HEAD_DIM_S)
     store_rows(dq_s, H * HEAD_DIM_S, dq_rows, inside, HEAD_DIM_S, BLOCK_D_S, BLOCK_M)
@@ -239,7 +247,7 @@ def pair_bwd_dk_kernel(
     # dK_j = gain * sum_i g_i gap_ij Q_i, in tiles (keys, queries), which go into the product as they are.
     # Whatever a key that is not real makes of its own row of a tile stays in that row, which is not stored;
     # a query that is not real has g = 0 and a finite gap.
-    batch, head, sequence, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_N)
+    batch, head, _, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_N)
     if mask is not None:
         mask += tl.cast(batch, tl.int64) * N
     keys = first + tl.arange(0, BLOCK_N)
@@ -269,25 +277,21 @@ def pair_bwd_dk_kernel(
         for query in range(0, stop - start, BLOCK_M):
             query = tl.multiple_of(start + query, BLOCK_M)
             queries = query + tl.arange(0, BLOCK_M)
-            step = tl.cast(query, tl.int64)
             real_queries = queries < length
-            g_offsets = step * grad_stride + tl.arange(0, BLOCK_M) * grad_stride
             if CHECK:
                 real_queries = load_real(mask, queries, length)
-                g = tl.load(grad_rows + g_offsets, mask=real_queries, other=0.0)
-            else:
-                g = tl.load(grad_rows + g_offsets)
+            g = load_grad(grad_rows, grad_stride, query, real_queries, BLOCK_M, CHECK)
             if k_s_rows.dtype == tl.float16:
                 g = g / unit
             shift_s = load_shift(lse_s, stat_row + queries, real_queries, BOOST, EXACT, CHECK)
             shift_t = load_shift(lse_t, stat_row + queries, real_queries, BOOST, EXACT, CHECK)
             row_rest_s = load_stat(rest_s, stat_row + queries, real_queries, CHECK)
             row_rest_t = load_stat(rest_t, stat_row + queries, real_queries, CHECK)
-            q_s_rows = load_rows(
-                q_s + step * q_s_strides[2], q_s_strides[2], real_queries, HEAD_DIM_S, BLOCK_D_S, BLOCK_M, CHECK
+            q_s_rows = load_block(
+                q_s, q_s_strides[2], query, real_queries, HEAD_DIM_S, BLOCK_D_S, BLOCK_M, CHECK
             )
-            q_t_rows = load_rows(
-                q_t + step * q_t_strides[2], q_t_strides[2], real_queries, HEAD_DIM_T, BLOCK_D_T, BLOCK_M, CHECK
+            q_t_rows = load_block(
+                q_t, q_t_strides[2], query, real_queries, HEAD_DIM_T, BLOCK_D_T, BLOCK_M, CHECK
             )
             if EXACT:
                 # in the forward's order of summation, so that P agrees with lse to the last bit
@@ -360,7 +364,8 @@ def lse_rest(
     error of the probabilities."""
     if loss == "mse" or not is_exact(inputs[0], inputs[2]):
         return None, None
-    return pair_fwd("kl_rest", inputs, lse, mask, cu_seqlens, scales)[1:]
+    rest_s, rest_t = pair_fwd("kl_rest", inputs, lse, mask, cu_seqlens, scales)
+    return rest_s, rest_t
 
 
 def boosted(loss: str, scales: Scales, dtype: torch.dtype) -> tuple[Scales, dict[str, Any]]:

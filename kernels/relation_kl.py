@@ -1,19 +1,25 @@
 """KL between a teacher's and a student's self-relations in Triton; the forward kernel is that of pairs.py."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from bertops._library import rows_first
 from bertops.kernels.launch import in_place, near_strides, tunable
-from bertops.kernels.pairs import is_exact, kl_scales, launch_pair, pair_fwd
-from bertops.kernels.pairs_bwd import boosted, gradient_unit, load_shift, load_stat, lse_rest, score_gap
+from bertops.kernels.pairs import is_exact, kl_scales, launch_pair, load_block, pair_fwd
+from bertops.kernels.pairs_bwd import (
+    boosted,
+    gradient_unit,
+    load_grad,
+    load_shift,
+    load_stat,
+    lse_rest,
+    score_gap,
+)
 from bertops.kernels.tiles import (
     find_block,
     first_packed_row,
     first_row,
     load_real,
-    load_rows,
     store_rows,
     visible_range,
 )
@@ -51,7 +57,7 @@ def relation_kl_bwd_kernel(
 ):
     # dX_i = gain * sum_j (g_i gap_ij + g_j gap_ji) X_j: as S and T are symmetric, gap_ji comes from the tile
     # of gap_ij with the lse of its columns.
-    batch, head, sequence, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_M)
+    batch, head, _, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_M)
     if mask is not None:
         mask += tl.cast(batch, tl.int64) * N
     rows = first + tl.arange(0, BLOCK_M)
@@ -63,9 +69,8 @@ def relation_kl_bwd_kernel(
     slope_t = tl.cast(slope_t, tl.float32)
     x_s = first_row(x_s, x_s_strides, batch, head, origin)
     x_t = first_row(x_t, x_t_strides, batch, head, origin)
-    step = tl.cast(first, tl.int64)
-    s_rows = load_rows(x_s + step * x_s_strides[2], x_s_strides[2], real, HEAD_DIM_S, BLOCK_D_S, BLOCK_M, True)
-    t_rows = load_rows(x_t + step * x_t_strides[2], x_t_strides[2], real, HEAD_DIM_T, BLOCK_D_T, BLOCK_M, True)
+    s_rows = load_block(x_s, x_s_strides[2], first, real, HEAD_DIM_S, BLOCK_D_S, BLOCK_M, True)
+    t_rows = load_block(x_t, x_t_strides[2], first, real, HEAD_DIM_T, BLOCK_D_T, BLOCK_M, True)
     stat_row = (tl.cast(batch, tl.int64) * H + head) * N + origin
     shift_s = load_shift(lse_s, stat_row + rows, real, BOOST, EXACT, True)
     shift_t = load_shift(lse_t, stat_row + rows, real, BOOST, EXACT, True)
@@ -76,8 +81,7 @@ def relation_kl_bwd_kernel(
     unit = 1.0
     if s_rows.dtype == tl.float16:
         unit = gradient_unit(grad_rows, grad_stride, mask, length)
-    g = tl.load(grad_rows + step * grad_stride + tl.arange(0, BLOCK_M) * grad_stride, mask=real, other=0.0)
-    g = g / unit
+    g = load_grad(grad_rows, grad_stride, first, real, BLOCK_M, True) / unit
 
     acc = tl.zeros([BLOCK_M, BLOCK_D_S], tl.float32)
     for CHECK in tl.static_range(2):
@@ -86,25 +90,21 @@ def relation_kl_bwd_kernel(
         for column in range(0, stop - start, BLOCK_N):
             column = tl.multiple_of(start + column, BLOCK_N)
             columns = column + tl.arange(0, BLOCK_N)
-            step = tl.cast(column, tl.int64)
             real_columns = columns < length
-            g_offsets = step * grad_stride + tl.arange(0, BLOCK_N) * grad_stride
             if CHECK:
                 real_columns = load_real(mask, columns, length)
-                column_g = tl.load(grad_rows + g_offsets, mask=real_columns, other=0.0)
-            else:
-                column_g = tl.load(grad_rows + g_offsets)
+            column_g = load_grad(grad_rows, grad_stride, column, real_columns, BLOCK_N, CHECK)
             if s_rows.dtype == tl.float16:
                 column_g = column_g / unit
             column_shift_s = load_shift(lse_s, stat_row + columns, real_columns, BOOST, EXACT, CHECK)
             column_shift_t = load_shift(lse_t, stat_row + columns, real_columns, BOOST, EXACT, CHECK)
             column_rest_s = load_stat(rest_s, stat_row + columns, real_columns, CHECK)
             column_rest_t = load_stat(rest_t, stat_row + columns, real_columns, CHECK)
-            s_columns = load_rows(
-                x_s + step * x_s_strides[2], x_s_strides[2], real_columns, HEAD_DIM_S, BLOCK_D_S, BLOCK_N, CHECK
+            s_columns = load_block(
+                x_s, x_s_strides[2], column, real_columns, HEAD_DIM_S, BLOCK_D_S, BLOCK_N, CHECK
             )
-            t_columns = load_rows(
-                x_t + step * x_t_strides[2], x_t_strides[2], real_columns, HEAD_DIM_T, BLOCK_D_T, BLOCK_N, CHECK
+            t_columns = load_block(
+                x_t, x_t_strides[2], column, real_columns, HEAD_DIM_T, BLOCK_D_T, BLOCK_N, CHECK
             )
             s = tl.dot(s_rows, tl.trans(s_columns), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
             t = tl.dot(t_rows, tl.trans(t_columns), input_precision="ieee")
@@ -156,7 +156,8 @@ def relation_kl_fwd(
     """Returns KL, lse_s and lse_t (B, H, N); see :func:`bertops.relation_kl`."""
     scales = kl_scales(scale_s, scale_t, is_exact(x_s, x_t))
     x_s, x_t = in_place(x_s), in_place(x_t)  # once, not once for each side of the product
-    return pair_fwd("kl", (x_s, x_s, x_t, x_t), (None, None), mask, cu_seqlens, scales)
+    rows, lse_s, lse_t = pair_fwd("kl", (x_s, x_s, x_t, x_t), (None, None), mask, cu_seqlens, scales)
+    return rows, lse_s, lse_t
 
 
 def relation_kl_bwd(

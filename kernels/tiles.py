@@ -203,10 +203,8 @@ def exp_scaled(
 ):
     """exp(scale * s - shift): to about 1 ulp of fp32 with EXACT, to what bf16 and fp16 can tell without."""
     if EXACT:
-        p = exact_exp(s * scale - shift)
-    else:
-        p = tl.exp2(s * (scale * _LOG2E) - shift * _LOG2E)
-    return p
+        return exact_exp(s * scale - shift)
+    return tl.exp2(s * (scale * _LOG2E) - shift * _LOG2E)
 
 
 @triton.jit

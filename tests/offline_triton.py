@@ -93,8 +93,8 @@ def tasks(every: bool) -> list[Task]:
 
 def exists(task: Task) -> bool:
     """fp32 finds every lse itself, and what rounding took off it; half precision takes it as it is given."""
-    exact = task.dtype == torch.float32
-    return not (task.kernel == "pair_fwd_kl_rest" and not exact or task.kernel == "pair_fwd_kl_given" and exact)
+    missing = "pair_fwd_kl_given" if task.dtype == torch.float32 else "pair_fwd_kl_rest"
+    return task.kernel != missing
 
 
 def is_default(task: Task) -> bool:
@@ -115,7 +115,7 @@ def is_default_pair(task: Task) -> bool:
     if task.dtype != torch.bfloat16:
         return task.arch == 90 and task.options == "mask" and task.head_dim == 64
     if task.options == "mask":
-        return task.head_dim in (64, 128) or task.arch == 90 and task.head_dim == 256
+        return task.head_dim in (64, 128) or (task.arch == 90 and task.head_dim == 256)
     return task.head_dim == 64 and task.arch == 90 and task.options == "packed+window"
 
 
