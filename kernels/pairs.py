@@ -4,7 +4,6 @@ One family serves attention_kl, relation_kl and the direct form of attention_sco
 
     "kl"        KL of every row and both lse, found in one pass
     "kl_given"  the same where both lse are known: one exp fewer for every pair
-    "kl_rest"   what both lse, as rounded to fp32, miss of the true ones
     "mse"       the sum over the keys of (S - T)^2
 
 The backward is in pairs_bwd.py. In half precision exponents count in powers of 2 (the launcher puts log2(e)
@@ -89,10 +88,10 @@ def log_prob(
     shift,  # fp32
     EXACT: tl.constexpr,
 ):
-    """slope * s - shift, for a shift that is an lse.
+    """slope * s - shift, for a shift that is the largest slope * s, or with less care an lse.
 
-    With EXACT the product is rounded before the subtraction, as it was on its way into the lse: where one key
-    has all the weight, the difference is 0 whatever the size of the scores.
+    With EXACT the product is rounded before the subtraction, as it was when it became the largest: their
+    difference is 0 whatever the size of the scores, in every kernel.
     """
     product = s * slope
     if EXACT:
@@ -122,9 +121,11 @@ def pair_fwd_kernel(
     k_t,  # (B, H, N, D_t)
     given_s,  # (B, H, N) fp32: lse, or None
     given_t,  # (B, H, N) fp32: lse, or None
-    rows,  # (B, H, N) fp32: the loss, or None for "kl_rest"
-    lse_s,  # (B, H, N) fp32: lse or its rest, or None for "mse"
-    lse_t,  # (B, H, N) fp32: lse or its rest, or None for "mse"
+    rows,  # (B, H, N) fp32: the loss
+    lse_s,  # (B, H, N) fp32, or None for "mse"
+    lse_t,  # (B, H, N) fp32, or None for "mse"
+    near,  # (B, H, N) fp32, or None: see fp32_parts
+    far,  # (B, H, N) fp32, or None
     q_s_strides,  # of B, H, N
     k_s_strides,
     q_t_strides,
@@ -212,14 +213,6 @@ def pair_fwd_kernel(
                 if CHECK:
                     p = tl.where(real_keys[None, :], p, 0.0)
                 acc += tl.sum(p * (a - b), 1)
-            elif LOSS == "kl_rest":
-                p_s = power(log_prob(s, slope_s, shift_s[:, None], EXACT), EXACT)
-                p_t = power(log_prob(t, slope_t, shift_t[:, None], EXACT), EXACT)
-                if CHECK:
-                    p_s = tl.where(real_keys[None, :], p_s, 0.0)
-                    p_t = tl.where(real_keys[None, :], p_t, 0.0)
-                total_s += tl.sum(p_s, 1)
-                total_t += tl.sum(p_t, 1)
             else:
                 visible_s = s
                 visible_t = t
@@ -228,8 +221,8 @@ def pair_fwd_kernel(
                     visible_t = tl.where(real_keys[None, :], t, float("-inf"))
                 new_s = tl.maximum(shift_s, tl.max(visible_s, 1) * slope_s)
                 new_t = tl.maximum(shift_t, tl.max(visible_t, 1) * slope_t)
-                a = t * slope_t - new_t[:, None]
-                b = s * slope_s - new_s[:, None]
+                a = log_prob(t, slope_t, new_t[:, None], EXACT)
+                b = log_prob(s, slope_s, new_s[:, None], EXACT)
                 p_t = power(a, EXACT)
                 p_s = power(b, EXACT)
                 if CHECK:
@@ -253,23 +246,27 @@ def pair_fwd_kernel(
 
     total_s = tl.where(real, total_s, 1.0)
     total_t = tl.where(real, total_t, 1.0)
-    if rows is not None:
-        loss = acc * gain
-        if LOSS == "kl":
-            loss = acc / total_t * gain
-            loss += log_ratio(total_s, total_t, excess) if EXACT else tl.log(total_s / total_t)
-        tl.store(rows + stat_rows, tl.where(real, loss, 0.0), mask=inside)
+    loss = acc * gain
+    if LOSS == "kl":
+        loss = acc / total_t * gain
+        loss += log_ratio(total_s, total_t, excess) if EXACT else tl.log(total_s / total_t)
+        row_lse_s = shift_s * natural + tl.log(total_s)
+        row_lse_t = shift_t * natural + tl.log(total_t)
+        if near is not None:
+            missing = -excess / total_s
+            close = tl.abs(missing) < 0.5
+            tl.store(near + stat_rows, tl.where(close, 1.0, total_t / total_s), mask=inside)
+            tl.store(far + stat_rows, tl.where(close, missing, 0.0), mask=inside)
+            loss = 1 / total_t
+            row_lse_s = shift_s
+            row_lse_t = shift_t
+    elif LOSS == "kl_given":
+        row_lse_s = tl.load(given_s + stat_rows, mask=inside, other=0.0)
+        row_lse_t = tl.load(given_t + stat_rows, mask=inside, other=0.0)
+    tl.store(rows + stat_rows, tl.where(real, loss, 0.0), mask=inside)
     if lse_s is not None:
-        found_s = tl.log(total_s)
-        found_t = tl.log(total_t)
-        if LOSS == "kl":
-            found_s += shift_s * natural
-            found_t += shift_t * natural
-        elif LOSS == "kl_given":
-            found_s = tl.load(given_s + stat_rows, mask=inside, other=0.0)
-            found_t = tl.load(given_t + stat_rows, mask=inside, other=0.0)
-        tl.store(lse_s + stat_rows, tl.where(real, found_s, float("-inf")), mask=inside)
-        tl.store(lse_t + stat_rows, tl.where(real, found_t, float("-inf")), mask=inside)
+        tl.store(lse_s + stat_rows, tl.where(real, row_lse_s, float("-inf")), mask=inside)
+        tl.store(lse_t + stat_rows, tl.where(real, row_lse_t, float("-inf")), mask=inside)
 
 
 _fwd_kernel = tunable(pair_fwd_kernel)
@@ -299,35 +296,70 @@ def mse_scales(scale_s: float, scale_t: float) -> Scales:
     return Scales(scale_s / unit, scale_t / unit, unit)
 
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # q_s, k_s, q_t, k_t
+
+
 def pair_fwd(
     loss: str,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],  # q_s, k_s, q_t, k_t
+    inputs: Inputs,
     given: tuple[Tensor | None, Tensor | None],  # lse of student and teacher
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     scales: Scales,
 ) -> tuple[Tensor, ...]:
-    """Returns (B, H, N): the losses, but for "kl_rest"; both lse, or their rest, but for "mse"."""
-    q_s, k_s, q_t, k_t = (in_place(x) for x in inputs)
-    rows, lse_s, lse_t = (
-        q_s.new_empty(q_s.shape[:3], dtype=torch.float32) if wanted else None
-        for wanted in (loss != "kl_rest", loss != "mse", loss != "mse")
-    )
+    """Returns the rows' losses (B, H, N) and, but for "mse", the lse (B, H, N) of both models."""
     given_s, given_t = (None if lse is None else lse.float().contiguous() for lse in given)
-    if q_s.numel() > 0:
-        tensors = q_s, k_s, q_t, k_t, given_s, given_t, rows, lse_s, lse_t
-        strides = tuple(x.stride()[:3] for x in (q_s, k_s, q_t, k_t))
-        launch_pair(
-            _fwd_kernel,
-            f"pair_fwd_{loss}",
-            "BLOCK_M",
-            (q_s, q_t),
-            (*tensors, *strides),
-            (mask, cu_seqlens),
-            scales,
-            {"LOSS": loss},
-        )
-    return tuple(found for found in (rows, lse_s, lse_t) if found is not None)
+    outputs = _new_rows(inputs[0], 1 if loss == "mse" else 3)
+    _launch_fwd(loss, inputs, (given_s, given_t), outputs, mask, cu_seqlens, scales)
+    return outputs
+
+
+def fp32_parts(
+    inputs: Inputs, mask: Tensor | None, cu_seqlens: Tensor | None, scales: Scales
+) -> tuple[Tensor, ...]:
+    """What the backward of fp32 models takes for the lse, five times (B, H, N).
+
+    An lse rounded to fp32 is too coarse where one key has nearly all the weight: P_s - P_t then lives in digits
+    that neither probability has. With e_s = exp(S - top_s), e_t = exp(T - top_t) and their sums l_s, l_t
+
+        P_s - P_t = ((near e_s - e_t) + far e_s) / l_t,  near + far = l_t / l_s,
+
+    where near is 1 if that is close to 1, and far then has all its digits. Returns 1 / l_t, top_s, top_t,
+    near and far.
+    """
+    parts = _new_rows(inputs[0], 5)
+    _launch_fwd("kl", inputs, (None, None), parts, mask, cu_seqlens, scales)
+    return parts
+
+
+def _new_rows(x: Tensor, count: int) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape[:3], dtype=torch.float32) for _ in range(count))
+
+
+def _launch_fwd(
+    loss: str,
+    inputs: Inputs,
+    given: tuple[Tensor | None, Tensor | None],
+    outputs: tuple[Tensor, ...],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scales: Scales,
+) -> None:
+    if inputs[0].numel() == 0:
+        return
+    q_s, k_s, q_t, k_t = (in_place(x) for x in inputs)
+    strides = tuple(x.stride()[:3] for x in (q_s, k_s, q_t, k_t))
+    missing = (None,) * (5 - len(outputs))
+    launch_pair(
+        _fwd_kernel,
+        f"pair_fwd_{loss}",
+        "BLOCK_M",
+        (q_s, q_t),
+        (q_s, k_s, q_t, k_t, *given, *outputs, *missing, *strides),
+        (mask, cu_seqlens),
+        scales,
+        {"LOSS": loss},
+    )
 
 
 def launch_pair(

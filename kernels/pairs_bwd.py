@@ -9,7 +9,16 @@ from torch import Tensor
 
 from bertops._library import rows_first
 from bertops.kernels.launch import in_place, near_strides, tunable
-from bertops.kernels.pairs import Scales, is_exact, launch_pair, load_block, log_prob, pair_fwd, power
+from bertops.kernels.pairs import (
+    Inputs,
+    Scales,
+    fp32_parts,
+    is_exact,
+    launch_pair,
+    load_block,
+    log_prob,
+    power,
+)
 from bertops.kernels.tiles import (
     find_block,
     first_packed_row,
@@ -51,7 +60,8 @@ def load_shift(
     EXACT: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """(BLOCK,): what to subtract from a row's scores, so that its power is 2^BOOST times the probability."""
+    """(BLOCK,): what to subtract from a row's scores; their powers are then 2^BOOST times the probabilities, or
+    with EXACT as in fp32_parts."""
     shift = load_stat(lse, rows, real, CHECK)
     if not EXACT:
         shift = shift * _LOG2E - BOOST
@@ -66,21 +76,18 @@ def score_gap(
     slope_t,
     shift_s,  # broadcasts to a tile
     shift_t,
-    rest_s,  # of the lse, not looked at unless EXACT
-    rest_t,
+    near,  # these two not looked at unless EXACT
+    far,
     LOSS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """P_s - P_t or S - T: the loss's gradient to S but for a factor of the row."""
+    """P_s - P_t or S - T, but for a factor of the row: the loss's gradient to S."""
     if LOSS == "mse":
         gap = s * slope_s - t * slope_t
     else:
-        log_s = log_prob(s, slope_s, shift_s, EXACT)
-        log_t = log_prob(t, slope_t, shift_t, EXACT)
-        if EXACT:
-            log_s -= rest_s
-            log_t -= rest_t
-        gap = power(log_s, EXACT) - power(log_t, EXACT)
+        exp_s = power(log_prob(s, slope_s, shift_s, EXACT), EXACT)
+        exp_t = power(log_prob(t, slope_t, shift_t, EXACT), EXACT)
+        gap = (near * exp_s - exp_t) + far * exp_s if EXACT else exp_s - exp_t
     return gap
 
 
@@ -121,10 +128,10 @@ def pair_bwd_dq_kernel(
     k_s,  # (B, H, N, D_s)
     q_t,  # (B, H, N, D_t)
     k_t,  # (B, H, N, D_t)
-    lse_s,  # (B, H, N) fp32, or None for "mse"
-    lse_t,  # (B, H, N) fp32, or None for "mse"
-    rest_s,  # (B, H, N) fp32: what lse_s misses, or None
-    rest_t,  # (B, H, N) fp32: what lse_t misses, or None
+    lse_s,  # (B, H, N) fp32: with EXACT top_s; None for "mse"
+    lse_t,  # (B, H, N) fp32: with EXACT top_t; None for "mse"
+    near,  # (B, H, N) fp32, or None: see fp32_parts
+    far,  # (B, H, N) fp32, or None
     dq_s,  # (B, H, N, D_s) over (B, N, H, D_s) memory
     grad_rows_strides,  # of B, H, N
     q_s_strides,
@@ -170,8 +177,8 @@ def pair_bwd_dq_kernel(
     stat_rows = (tl.cast(batch, tl.int64) * H + head) * N + row + tl.arange(0, BLOCK_M)
     shift_s = load_shift(lse_s, stat_rows, real, BOOST, EXACT, True)
     shift_t = load_shift(lse_t, stat_rows, real, BOOST, EXACT, True)
-    row_rest_s = load_stat(rest_s, stat_rows, real, True)
-    row_rest_t = load_stat(rest_t, stat_rows, real, True)
+    row_near = load_stat(near, stat_rows, real, True)
+    row_far = load_stat(far, stat_rows, real, True)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D_S], tl.float32)
     for CHECK in tl.static_range(2):
@@ -194,8 +201,8 @@ def pair_bwd_dq_kernel(
                 slope_t,
                 shift_s[:, None],
                 shift_t[:, None],
-                row_rest_s[:, None],
-                row_rest_t[:, None],
+                row_near[:, None],
+                row_far[:, None],
                 LOSS,
                 EXACT,
             )
@@ -216,10 +223,10 @@ def pair_bwd_dk_kernel(
     k_s,  # (B, H, N, D_s)
     q_t,  # (B, H, N, D_t)
     k_t,  # (B, H, N, D_t)
-    lse_s,  # (B, H, N) fp32, or None for "mse"
-    lse_t,  # (B, H, N) fp32, or None for "mse"
-    rest_s,  # (B, H, N) fp32: what lse_s misses, or None
-    rest_t,  # (B, H, N) fp32: what lse_t misses, or None
+    lse_s,  # (B, H, N) fp32: with EXACT top_s; None for "mse"
+    lse_t,  # (B, H, N) fp32: with EXACT top_t; None for "mse"
+    near,  # (B, H, N) fp32, or None: see fp32_parts
+    far,  # (B, H, N) fp32, or None
     dk_s,  # (B, H, N, D_s) over (B, N, H, D_s) memory
     grad_rows_strides,  # of B, H, N
     q_s_strides,
@@ -285,8 +292,8 @@ def pair_bwd_dk_kernel(
                 g = g / unit
             shift_s = load_shift(lse_s, stat_row + queries, real_queries, BOOST, EXACT, CHECK)
             shift_t = load_shift(lse_t, stat_row + queries, real_queries, BOOST, EXACT, CHECK)
-            row_rest_s = load_stat(rest_s, stat_row + queries, real_queries, CHECK)
-            row_rest_t = load_stat(rest_t, stat_row + queries, real_queries, CHECK)
+            row_near = load_stat(near, stat_row + queries, real_queries, CHECK)
+            row_far = load_stat(far, stat_row + queries, real_queries, CHECK)
             q_s_rows = load_block(
                 q_s, q_s_strides[2], query, real_queries, HEAD_DIM_S, BLOCK_D_S, BLOCK_M, CHECK
             )
@@ -307,8 +314,8 @@ def pair_bwd_dk_kernel(
                 slope_t,
                 shift_s[None, :],
                 shift_t[None, :],
-                row_rest_s[None, :],
-                row_rest_t[None, :],
+                row_near[None, :],
+                row_far[None, :],
                 LOSS,
                 EXACT,
             )
@@ -326,7 +333,7 @@ _dk_kernel = tunable(pair_bwd_dk_kernel)
 def pair_bwd(
     loss: str,
     grad_rows: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],  # q_s, k_s, q_t, k_t
+    inputs: Inputs,
     lse: tuple[Tensor | None, Tensor | None],  # of student and teacher
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -337,10 +344,8 @@ def pair_bwd(
     if dq_s.numel() == 0:
         return dq_s, dk_s
     q_s, k_s, q_t, k_t = (in_place(x) for x in inputs)
-    grad_rows = near_strides(grad_rows)
-    lse_s, lse_t = (None if x is None else x.contiguous() for x in lse)
-    rest_s, rest_t = lse_rest(loss, (q_s, k_s, q_t, k_t), (lse_s, lse_t), mask, cu_seqlens, scales)
-    tensors = grad_rows, q_s, k_s, q_t, k_t, lse_s, lse_t, rest_s, rest_t
+    grad_rows, stats = backward_rows(loss, grad_rows, (q_s, k_s, q_t, k_t), lse, mask, cu_seqlens, scales)
+    tensors = grad_rows, q_s, k_s, q_t, k_t, *stats
     strides = tuple(x.stride()[:3] for x in (grad_rows, q_s, k_s, q_t, k_t))
     scales, flags = boosted(loss, scales, q_s.dtype)
     for kernel, name, block, out in (
@@ -352,20 +357,21 @@ def pair_bwd(
     return dq_s, dk_s
 
 
-def lse_rest(
+def backward_rows(
     loss: str,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    grad_rows: Tensor,
+    inputs: Inputs,
     lse: tuple[Tensor | None, Tensor | None],
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     scales: Scales,
-) -> tuple[Tensor | None, Tensor | None]:
-    """What fp32 cut off both lse, for fp32 models: where one key has most of the weight, that is the largest
-    error of the probabilities."""
-    if loss == "mse" or not is_exact(inputs[0], inputs[2]):
-        return None, None
-    rest_s, rest_t = pair_fwd("kl_rest", inputs, lse, mask, cu_seqlens, scales)
-    return rest_s, rest_t
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """What a backward reads for every row: its upstream gradient, and two shifts, near and far."""
+    if loss == "kl" and is_exact(inputs[0], inputs[2]):
+        factor, *parts = fp32_parts(inputs, mask, cu_seqlens, scales)
+        return grad_rows * factor, tuple(parts)
+    shifts = (None if x is None else x.contiguous() for x in lse)
+    return near_strides(grad_rows), (*shifts, None, None)
 
 
 def boosted(loss: str, scales: Scales, dtype: torch.dtype) -> tuple[Scales, dict[str, Any]]:

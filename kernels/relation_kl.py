@@ -4,15 +4,15 @@ import triton.language as tl
 from torch import Tensor
 
 from bertops._library import rows_first
-from bertops.kernels.launch import in_place, near_strides, tunable
+from bertops.kernels.launch import in_place, tunable
 from bertops.kernels.pairs import is_exact, kl_scales, launch_pair, load_block, pair_fwd
 from bertops.kernels.pairs_bwd import (
+    backward_rows,
     boosted,
     gradient_unit,
     load_grad,
     load_shift,
     load_stat,
-    lse_rest,
     score_gap,
 )
 from bertops.kernels.tiles import (
@@ -29,10 +29,10 @@ def relation_kl_bwd_kernel(
     grad_rows,  # (B, H, N) fp32
     x_s,  # (B, H, N, D_s)
     x_t,  # (B, H, N, D_t)
-    lse_s,  # (B, H, N) fp32
-    lse_t,  # (B, H, N) fp32
-    rest_s,  # (B, H, N) fp32: what lse_s misses, or None
-    rest_t,  # (B, H, N) fp32: what lse_t misses, or None
+    lse_s,  # (B, H, N) fp32: with EXACT top_s
+    lse_t,  # (B, H, N) fp32: with EXACT top_t
+    near,  # (B, H, N) fp32, or None: see fp32_parts
+    far,  # (B, H, N) fp32, or None
     dx_s,  # (B, H, N, D_s) over (B, N, H, D_s) memory
     grad_rows_strides,  # of B, H, N
     x_s_strides,
@@ -74,8 +74,8 @@ def relation_kl_bwd_kernel(
     stat_row = (tl.cast(batch, tl.int64) * H + head) * N + origin
     shift_s = load_shift(lse_s, stat_row + rows, real, BOOST, EXACT, True)
     shift_t = load_shift(lse_t, stat_row + rows, real, BOOST, EXACT, True)
-    row_rest_s = load_stat(rest_s, stat_row + rows, real, True)
-    row_rest_t = load_stat(rest_t, stat_row + rows, real, True)
+    row_near = load_stat(near, stat_row + rows, real, True)
+    row_far = load_stat(far, stat_row + rows, real, True)
     grad_rows = first_row(grad_rows, grad_rows_strides, batch, head, origin)
     grad_stride = grad_rows_strides[2]
     unit = 1.0
@@ -98,8 +98,8 @@ def relation_kl_bwd_kernel(
                 column_g = column_g / unit
             column_shift_s = load_shift(lse_s, stat_row + columns, real_columns, BOOST, EXACT, CHECK)
             column_shift_t = load_shift(lse_t, stat_row + columns, real_columns, BOOST, EXACT, CHECK)
-            column_rest_s = load_stat(rest_s, stat_row + columns, real_columns, CHECK)
-            column_rest_t = load_stat(rest_t, stat_row + columns, real_columns, CHECK)
+            column_near = load_stat(near, stat_row + columns, real_columns, CHECK)
+            column_far = load_stat(far, stat_row + columns, real_columns, CHECK)
             s_columns = load_block(
                 x_s, x_s_strides[2], column, real_columns, HEAD_DIM_S, BLOCK_D_S, BLOCK_N, CHECK
             )
@@ -115,8 +115,8 @@ def relation_kl_bwd_kernel(
                 slope_t,
                 shift_s[:, None],
                 shift_t[:, None],
-                row_rest_s[:, None],
-                row_rest_t[:, None],
+                row_near[:, None],
+                row_far[:, None],
                 LOSS,
                 EXACT,
             )
@@ -127,8 +127,8 @@ def relation_kl_bwd_kernel(
                 slope_t,
                 column_shift_s[None, :],
                 column_shift_t[None, :],
-                column_rest_s[None, :],
-                column_rest_t[None, :],
+                column_near[None, :],
+                column_far[None, :],
                 LOSS,
                 EXACT,
             )
@@ -175,12 +175,12 @@ def relation_kl_bwd(
     dx_s = rows_first(x_s)
     if dx_s.numel() == 0:
         return dx_s
-    x_s, x_t, grad_rows = in_place(x_s), in_place(x_t), near_strides(grad_rows)
-    strides = tuple(x.stride()[:3] for x in (grad_rows, x_s, x_t))
+    x_s, x_t = in_place(x_s), in_place(x_t)
     scales = kl_scales(scale_s, scale_t, is_exact(x_s, x_t))._replace(gain=scale_s)
-    lse_s, lse_t = lse_s.contiguous(), lse_t.contiguous()
-    rest_s, rest_t = lse_rest("kl", (x_s, x_s, x_t, x_t), (lse_s, lse_t), mask, cu_seqlens, scales)
-    arguments = grad_rows, x_s, x_t, lse_s, lse_t, rest_s, rest_t, dx_s, *strides
+    inputs, lse = (x_s, x_s, x_t, x_t), (lse_s, lse_t)
+    grad, stats = backward_rows("kl", grad_rows, inputs, lse, mask, cu_seqlens, scales)
+    strides = tuple(x.stride()[:3] for x in (grad, x_s, x_t))
+    arguments = grad, x_s, x_t, *stats, dx_s, *strides
     scales, flags = boosted("kl", scales, x_s.dtype)
     launch_pair(
         _kernel, "relation_kl_bwd", "BLOCK_M", (x_s, x_t), arguments, (mask, cu_seqlens), scales, flags

@@ -38,7 +38,6 @@ KERNELS = {
     "attention_bwd_dkv_scores": attention_bwd._dkv_kernel,
     "pair_fwd_kl": pairs._fwd_kernel,
     "pair_fwd_kl_given": pairs._fwd_kernel,
-    "pair_fwd_kl_rest": pairs._fwd_kernel,
     "pair_fwd_mse": pairs._fwd_kernel,
     "pair_bwd_dq": pairs_bwd._dq_kernel,
     "pair_bwd_dk": pairs_bwd._dk_kernel,
@@ -87,14 +86,8 @@ class Result(NamedTuple):
 def tasks(every: bool) -> list[Task]:
     """All combinations, or those that differ: every option on sm_90, what takes most registers elsewhere."""
     combinations = itertools.product(KERNELS, ARCHS, DTYPES, HEAD_DIMS, OPTIONS)
-    chosen = [task for task in map(Task._make, combinations) if exists(task)]
+    chosen = [Task(*combination) for combination in combinations]
     return chosen if every else [task for task in chosen if is_default(task)]
-
-
-def exists(task: Task) -> bool:
-    """fp32 finds every lse itself, and what rounding took off it; half precision takes it as it is given."""
-    missing = "pair_fwd_kl_given" if task.dtype == torch.float32 else "pair_fwd_kl_rest"
-    return task.kernel != missing
 
 
 def is_default(task: Task) -> bool:
@@ -192,12 +185,10 @@ def pair_types(task: Task, element: str) -> dict[str, str | tuple[str, ...]]:
     types |= dict.fromkeys((f"{model}_strides" for model in models), ("i32",) * 3)
     types |= dict.fromkeys(("grad_rows", "grad", "rows", "lse_s", "lse_t", "parts", "grams"), "*fp32")
     types |= dict.fromkeys(("slope_s", "slope_t", "gain", "weight_s", "weight_t", "weight_k"), "fp32")
-    if task.kernel in ("pair_fwd_kl_given", "pair_fwd_kl_rest"):
+    if task.kernel == "pair_fwd_kl_given":
         types |= dict.fromkeys(("given_s", "given_t"), "*fp32")
     if task.dtype == torch.float32:
-        types |= dict.fromkeys(("rest_s", "rest_t"), "*fp32")
-    if task.kernel == "pair_fwd_kl_rest":
-        del types["rows"]
+        types |= dict.fromkeys(("near", "far"), "*fp32")
     if task.kernel == "pair_fwd_mse":
         del types["lse_s"], types["lse_t"]
     return types
