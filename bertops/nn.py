@@ -5,7 +5,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from bertops.ops.attention import attention
+from bertops.ops.attention_kl import attention_kl
+from bertops.ops.attention_score_mse import attention_score_mse
 from bertops.ops.attention_with_scores import attention_with_scores
+from bertops.ops.relation_kl import relation_kl
 
 
 class Attention(nn.Module):
@@ -54,3 +57,85 @@ class Attention(nn.Module):
             tap.record(q, k, v, lse, mask, cu_seqlens, window, None)
         out = self.proj(out.transpose(1, 2).flatten(2))
         return out if scores is None else (out, scores)
+
+
+class AttentionKL(nn.Module):
+    """:func:`bertops.attention_kl` with its scales and reduction fixed."""
+
+    def __init__(
+        self, *, scale_s: float | None = None, scale_t: float | None = None, reduction: str = "mean"
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {"scale_s": scale_s, "scale_t": scale_t, "reduction": reduction}
+
+    def forward(
+        self,
+        q_s: Tensor,
+        k_s: Tensor,
+        q_t: Tensor,
+        k_t: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lse_s: Tensor | None = None,
+        lse_t: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        rows: dict[str, Any] = {"cu_seqlens": cu_seqlens, "lse_s": lse_s, "lse_t": lse_t}
+        return attention_kl(q_s, k_s, q_t, k_t, mask, **rows, **self.options)
+
+
+class RelationKL(nn.Module):
+    """:func:`bertops.relation_kl` with its relation heads, scales and reduction fixed."""
+
+    def __init__(
+        self,
+        num_relation_heads: int | None = None,
+        *,
+        scale_s: float | None = None,
+        scale_t: float | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {
+            "num_relation_heads": num_relation_heads,
+            "scale_s": scale_s,
+            "scale_t": scale_t,
+            "reduction": reduction,
+        }
+
+    def forward(
+        self, x_s: Tensor, x_t: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        return relation_kl(x_s, x_t, mask, cu_seqlens=cu_seqlens, **self.options)
+
+
+class AttentionScoreMSE(nn.Module):
+    """:func:`bertops.attention_score_mse` with its form, scales and reduction fixed."""
+
+    def __init__(
+        self,
+        *,
+        form: str = "auto",
+        scale_s: float | None = None,
+        scale_t: float | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {
+            "form": form,
+            "scale_s": scale_s,
+            "scale_t": scale_t,
+            "reduction": reduction,
+        }
+
+    def forward(
+        self,
+        q_s: Tensor,
+        k_s: Tensor,
+        q_t: Tensor,
+        k_t: Tensor,
+        mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        return attention_score_mse(q_s, k_s, q_t, k_t, mask, cu_seqlens=cu_seqlens, **self.options)

@@ -27,7 +27,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("form", ["gram", "direct"])
-def test_both_forms_match_the_oracle(form, case, kernel):
+def test_matches_oracle_in_both_forms(form, case, kernel):
     if kernel == ("triton", "cpu") and torch.bfloat16 in (case.dtype, case.dtype_t):
         pytest.skip("bf16 products are wrong in Triton's interpreter")
     case = Case(**{**vars(case), "options": {**case.options, "form": form}})

@@ -32,6 +32,8 @@ def test_every_instruction_set_matches_the_oracle(level):
     tests = [
         "test_attention.py",
         "test_attention_with_scores.py",
+        "test_pair_losses.py",
+        "test_attention_score_mse.py",
         "test_isa.py::test_half_values_and_rounding",
     ]
     result = run_with(

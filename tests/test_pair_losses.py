@@ -316,6 +316,24 @@ def test_bad_input_is_named(op, error, words, changes, options):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_modules_are_the_functions():
+    inputs, options = Case(length=20, padding="right", reduction="sum").inputs("cpu")
+    x_s, _, x_t, _ = inputs
+    mask, reduction, scale = options["mask"], "sum", {"scale_s": 0.3, "scale_t": 0.2}
+    assert torch.equal(
+        bertops.nn.AttentionKL(**scale, reduction=reduction)(*inputs, mask),
+        bertops.attention_kl(*inputs, mask, **scale, reduction=reduction),
+    )
+    assert torch.equal(
+        bertops.nn.RelationKL(4, **scale, reduction=reduction)(x_s, x_t, mask),
+        bertops.relation_kl(x_s, x_t, mask, num_relation_heads=4, **scale, reduction=reduction),
+    )
+    assert torch.equal(
+        bertops.nn.AttentionScoreMSE(form="gram", **scale, reduction=reduction)(*inputs, mask),
+        bertops.attention_score_mse(*inputs, mask, form="gram", **scale, reduction=reduction),
+    )
+
+
 def test_losses_are_scalars_of_the_accumulator_dtype(kernel):
     impl, device = kernel
     for dtype in (torch.float16, torch.float32):
