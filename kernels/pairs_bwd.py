@@ -60,8 +60,8 @@ def load_shift(
     EXACT: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """(BLOCK,): what to subtract from a row's scores; their powers are then 2^BOOST times the probabilities, or
-    with EXACT as in fp32_parts."""
+    """(BLOCK,): what to subtract from a row's scores, whose powers are then 2^BOOST times the probabilities;
+    with EXACT see fp32_parts."""
     shift = load_stat(lse, rows, real, CHECK)
     if not EXACT:
         shift = shift * _LOG2E - BOOST
