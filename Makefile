@@ -29,7 +29,7 @@ or_fail := || [ $$? -eq 5 ] || failed=1
 
 test: $(VENV)/.built
 	$(PY) -m pytest $(ARGS) $(or_fail); \
-	TRITON_INTERPRET=1 $(PY) -m pytest -k triton $(TRITON_TESTS) $(ARGS) $(or_fail); \
+	TRITON_INTERPRET=1 $(PY) -m pytest -k triton -m "not long" $(TRITON_TESTS) $(ARGS) $(or_fail); \
 	exit $${failed:-0}
 
 bench: ARGS ?= --quick

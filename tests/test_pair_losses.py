@@ -10,6 +10,7 @@ from pair_cases import LOSSES, Case, call, check, compare, reference_rows, run
 
 HALF = (torch.bfloat16, torch.float16)
 OPS = sorted(LOSSES)
+LONG = pytest.mark.long
 
 CASES = [
     Case(),
@@ -22,7 +23,7 @@ CASES = [
     *(Case(length=40, padding=kind) for kind in ("right", "left", "holes", "nothing", "integer")),
     Case(length=150, padding="one row empty", head_dim=32),
     Case(batch=1, length=64, lengths=(20, 1, 0, 43)),
-    Case(batch=1, length=140, lengths=(140,)),
+    pytest.param(Case(batch=1, length=140, lengths=(140,)), marks=LONG),
     Case(length=37, options={"scale_s": 0.5, "scale_t": -0.3}),
     Case(length=50, packed_projection=True, padding="right"),
     *(Case(length=40, reduction="none", padding=kind) for kind in (None, "holes")),
@@ -87,8 +88,11 @@ def test_any_shape_mask_and_stride(op, data):
     compare(op, str(case), inputs, options, "cpu")
 
 
-@pytest.mark.parametrize("padding", ["right", "left", "holes", "one row empty", "nothing"])
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "padding",
+    ["holes", *(pytest.param(x, marks=LONG) for x in ("right", "left", "one row empty", "nothing"))],
+)
+@pytest.mark.parametrize("poison", [float("nan"), pytest.param(float("inf"), marks=LONG)])
 @pytest.mark.parametrize("op", OPS)
 def test_masked_values_reach_nothing(op, kernel, padding, poison):
     impl, device = kernel
@@ -155,6 +159,7 @@ def test_mean_is_over_real_rows_or_pairs(op, kernel):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case", [Case(length=70, padding="holes"), Case(batch=1, length=600, heads=1, head_dim=32)], ids=str
 )
@@ -184,6 +189,7 @@ def test_nothing_to_compare(op, shape, kernel):
         assert not loss.any() and student.grad.shape == shape
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("op", OPS)
 def test_strides_are_read_or_copied(op, kernel):
     impl, device = kernel

@@ -23,7 +23,10 @@ def test_heads_split_anew_match_the_oracle(case, kernel):
     check("relation_kl", case, kernel)
 
 
-@pytest.mark.parametrize(("heads_s", "heads_t", "relation_heads"), [(12, 16, 48), (6, 12, 24), (12, 12, 12)])
+@pytest.mark.parametrize(
+    ("heads_s", "heads_t", "relation_heads"),
+    [pytest.param(12, 16, 48, marks=pytest.mark.long), (6, 12, 24), (12, 12, 12)],
+)
 def test_models_of_different_heads(heads_s, heads_t, relation_heads, kernel):
     """Heads of a (B, N, width) projection are contiguous columns of it, however many there are."""
     impl, device = kernel
