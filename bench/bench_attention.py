@@ -5,18 +5,21 @@ from collections.abc import Callable
 import pytest
 
 from bench import work
-from bench.measure import Op, Result
+from bench.measure import Op, Result, noise
 from bench.paired import replay_clock
 from bench.providers import attention_providers
+from bench.shapes import QKV
 from bertops import reference
 
 
 def op(impl: str) -> Op:
     return Op(
         "attention",
+        QKV,
         attention_providers(impl),
         lambda q, k, v, mask: reference.attention(q, k, v, mask)[:1],
-        lambda q: [tuple(q.shape)],
+        ("out",),
+        noise,
         work.attention,
     )
 

@@ -5,18 +5,21 @@ from collections.abc import Callable
 import pytest
 
 from bench import work
-from bench.measure import Op, Result
+from bench.measure import Op, Result, noise
 from bench.paired import replay_clock
 from bench.providers import attention_with_scores_providers
+from bench.shapes import QKV
 from bertops import reference
 
 
 def op(impl: str) -> Op:
     return Op(
         "attention_with_scores",
+        QKV,
         attention_with_scores_providers(impl),
         lambda q, k, v, mask: reference.attention_with_scores(q, k, v, mask)[::2],
-        lambda q: [tuple(q.shape), (*q.shape[:3], q.shape[2])],
+        ("out", "scores"),
+        lambda inputs: noise(inputs, maps=1),
         work.attention_with_scores,
     )
 

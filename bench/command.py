@@ -50,8 +50,9 @@ def pytest_arguments(options: argparse.Namespace, measured: Path) -> list[str]:
         f"--benchmark-json={measured}",
         f"--impl={options.impl}",
     ]
-    if options.quick:
-        arguments.append("--quick")
+    for scope in ("quick", "lengths"):
+        if getattr(options, scope):
+            arguments.append(f"--{scope}")
     for name, value in (("device", options.device), ("model", options.model), ("text", options.text)):
         if value is not None:
             arguments.append(f"--{name}={value}")

@@ -14,6 +14,7 @@ from bench.run import RUN, Run
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bertops bench")
     group.addoption("--quick", action="store_true", help="a few shapes, under two minutes on two cores")
+    group.addoption("--lengths", action="store_true", help="the losses alone, over N = 128 to 16384")
     group.addoption("--device", help="cpu or cuda; default: cuda where there is a GPU")
     group.addoption(
         "--impl", default="auto", help="implementation of bertops: auto, cpu, triton, cuda, reference"
@@ -35,7 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     op = metafunc.module.op(run.impl)
     items = [
         pytest.param((op, case, mode, provider.name), id=f"{case.id}-{mode}-{provider.name}")
-        for case in shapes.cases(op.name, run.quick, run.device.type)
+        for case in shapes.cases(op.name, run.scope, run.device.type)
         for mode in case.modes
         for provider in op.providers
         if provider.applies(case)

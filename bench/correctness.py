@@ -2,94 +2,123 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from bench.shapes import Inputs
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 from errors import assert_close_to_oracle  # tests/errors.py: the one place of that rule
 
 SLICE_PAIRS = 2**24  # elements of an N x N map in fp64 held at a time
+SAMPLE_PAIRS = 2**22  # elements of such maps that a sample compares
+LOSS_PAIRS = 2**28  # beyond, the reference of a loss over all heads would take minutes
+
+Reference = Callable[..., Sequence[Tensor]]  # the tensors and the mask to outputs (B, H, ...)
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Outputs, then gradients if wanted: the reference in fp64, and in the inputs' dtype in two orders."""
+    """Outputs, then gradients if wanted: the reference in fp64, and in the inputs' dtype in two orders.
 
-    oracle: list[Tensor]
+    The oracle of a loss is None where it would take too long.
+    """
+
+    oracle: list[Tensor | None]
     eagers: list[list[Tensor]]
     names: list[str]
 
 
-Reference = Callable[..., Sequence[Tensor]]
-
-
 def sample(x: Tensor) -> Tensor:
-    """Two samples and four heads of (B, H, ...): what a quick run checks."""
-    batch, heads = x.shape[:2]
-    return x[:: max(1, batch // 2), :: max(1, heads // 4)]
+    """Two samples and up to four heads of (B, H, N, ...), at least one: what a quick run checks."""
+    batch, heads, length = x.shape[:3]
+    kept = min(4, max(1, SAMPLE_PAIRS // (min(batch, 2) * length**2)))
+    return x[:: max(1, batch // 2), :: max(1, heads // kept)][:2, :kept]
 
 
 def truth(
+    reference: Reference, names: Sequence[str], inputs: Inputs, upstream: list[Tensor], gradients: bool
+) -> Truth:
+    """``names``: of the outputs, then of the leaves' gradients; ``upstream``: the outputs' gradients."""
+    oracle = run_in_groups(reference, inputs, upstream, gradients, torch.float64)
+    forwards = run_in_groups(reference, inputs, upstream, gradients)
+    with_head_dim = [name == "out" or name.startswith("grad") for name in names]
+    flipped = [g.flip(-1) if flip else g for g, flip in zip(upstream, with_head_dim, strict=False)]
+    backwards = run_in_groups(reference, inputs.map(lambda x: x.flip(-1)), flipped, gradients)
+    unflipped = [x.flip(-1) if flip else x for x, flip in zip(backwards, with_head_dim, strict=False)]
+    return Truth(list(oracle), [forwards, unflipped], list(names))
+
+
+def loss_truth(
     reference: Reference,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    grads: list[Tensor],
+    names: Sequence[str],
+    inputs: Inputs,
+    part: Callable[[Tensor], Tensor],
+    upstream: Tensor,
     gradients: bool,
 ) -> Truth:
-    """``reference(q, k, v, mask)`` gives the outputs, ``grads`` are their gradients; runs groups of heads."""
-    oracle = run_in_groups(reference, q, k, v, mask, grads, gradients, torch.float64)
-    forwards = run_in_groups(reference, q, k, v, mask, grads, gradients, q.dtype)
-    out_grad, *others = grads
-    flipped = [out_grad.flip(-1), *others]
-    backwards = run_in_groups(
-        reference, q.flip(-1), k.flip(-1), v.flip(-1), mask, flipped, gradients, q.dtype
-    )
-    names = [*["out", "scores"][: len(grads)], "grad q", "grad k", "grad v"]
-    unflipped = [x if name == "scores" else x.flip(-1) for name, x in zip(names, backwards, strict=False)]
-    return Truth(oracle, [forwards, unflipped], names)
+    """Of a loss that sums the reference's rows times ``upstream``; gradients of a ``part`` of the heads.
+
+    The loss may err as much as its rows do on average: within one order of sums their errors cancel by luck.
+    """
+    rows = truth(reference, names, inputs.pick(part), [part(upstream)], gradients)
+    part_rows = rows.oracle[0]
+    loss = None
+    if upstream.shape[:2].numel() * inputs.length**2 <= LOSS_PAIRS:
+        all_rows = run_in_groups(reference, inputs, [], False, torch.float64)[0]
+        loss = (all_rows * upstream).sum()
+    eagers = []
+    for rounded, *grads in rows.eagers:
+        error = ((rounded - part_rows).abs() * part(upstream)).sum() * (upstream.numel() / part_rows.numel())
+        eagers.append([error if loss is None else loss + error, *grads])
+    return replace(rows, oracle=[loss, *rows.oracle[1:]], eagers=eagers)
 
 
 def run_in_groups(
     reference: Reference,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    grads: list[Tensor],
+    inputs: Inputs,
+    upstream: list[Tensor],
     gradients: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    batch, heads, length, _ = q.shape
+    batch, heads, length, _ = inputs.leaves[0].shape
     group = max(1, min(heads, SLICE_PAIRS // length**2))
     rows = []
     for b in range(batch):
         parts = []
         for h in range(0, heads, group):
             here = (slice(b, b + 1), slice(h, h + group))
-            leaves = [x[here].detach().to(dtype).requires_grad_(gradients) for x in (q, k, v)]
-            results = list(reference(*leaves, None if mask is None else mask[b : b + 1]))
+            leaves = [x[here].detach().to(dtype or x.dtype).requires_grad_(gradients) for x in inputs.leaves]
+            constants = [x[here].to(dtype or x.dtype) for x in inputs.constants]
+            mask = None if inputs.mask is None else inputs.mask[b : b + 1]
+            with torch.set_grad_enabled(gradients):
+                results = list(reference(*leaves, *constants, mask))
             if gradients:
-                results += torch.autograd.grad(results, leaves, [g[here].to(dtype) for g in grads])
+                grads = [g[here].to(x.dtype) for g, x in zip(upstream, results, strict=True)]
+                results += torch.autograd.grad(results, leaves, grads)
             parts.append([x.detach() for x in results])
         rows.append([torch.cat(x, 1) for x in zip(*parts, strict=True)])
     return [torch.cat(x, 0) for x in zip(*rows, strict=True)]
 
 
-def wrong(results: Sequence[Tensor], expected: Truth, mask: Tensor | None) -> str | None:
+def wrong(results: Sequence[Tensor], expected: Truth, inputs: Inputs) -> str | None:
     """Why ``results`` (outputs, or outputs and gradients) are wrong, or None where they are right.
 
-    Rows of padding are left out of ``out``: bertops makes them 0, its peers leave a number there.
+    Rows of padding are left out of ``out``: bertops makes them 0, its peers leave a number there. A loss
+    counts as no more exact than the dtype of its inputs.
     """
     for place, (name, result) in enumerate(zip(expected.names, results, strict=False)):
         compared = [result, expected.oracle[place], *(eager[place] for eager in expected.eagers)]
-        if name == "out" and mask is not None:
-            compared = [x.masked_fill(~mask[:, None, :, None], 0.0) for x in compared]
+        if compared[1] is None:
+            continue
+        if name == "out" and inputs.mask is not None:
+            compared = [x.masked_fill(~inputs.mask[:, None, :, None], 0.0) for x in compared]
+        if name == "loss":
+            compared[0] = result.to(inputs.leaves[0].dtype)
         actual, oracle, *eagers = compared
         try:
             assert_close_to_oracle(name, actual, eagers, oracle)

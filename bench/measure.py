@@ -1,5 +1,6 @@
 """One comparison: every provider on the same inputs, checked, timed round by round, its memory taken."""
 
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -13,9 +14,12 @@ from bench.limits import Limits, Work
 from bench.memory import peak_extra_bytes
 from bench.paired import Contestant, Spread
 from bench.providers import Call, Provider
-from bench.shapes import DTYPE_NAMES, Case, Inputs, Mode
+from bench.shapes import DTYPE_NAMES, Case, Inputs, Mode, Takes
 
 BASE = "bertops"
+LONG_S = 0.5  # a first call as long as this needs no second for its memory and its time to be typical
+ENDLESS_S = 10.0  # ... and no rounds
+WHOLE_LENGTH = 2048  # results of longer inputs are always checked in part
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,34 @@ class Op:
     """What the bench must know of an op: its outputs, what it costs at least, and who else can do it."""
 
     name: str
+    takes: Takes
     providers: list[Provider]
-    reference: correctness.Reference  # q, k, v, mask to the outputs
-    output_shapes: Callable[[Tensor], list[tuple[int, ...]]]
+    reference: correctness.Reference  # of a loss: its rows (B, H, N)
+    outputs: tuple[str, ...]
+    upstream: Callable[[Inputs], list[Tensor]]  # gradients of the reference's outputs
     work: Callable[[Inputs, Mode], Work]
+
+    @property
+    def is_loss(self) -> bool:
+        """Providers return a number: the sum of the reference's rows times ``upstream``."""
+        return self.outputs == ("loss",)
+
+
+def noise(inputs: Inputs, maps: int = 0) -> list[Tensor]:
+    """For out (B, H, N, D), none at padding as no loss looks there, and for ``maps`` of (B, H, N, N)."""
+    like = inputs.leaves[0]
+    generator = torch.Generator().manual_seed(1)
+    shapes = [like.shape, *[(*like.shape[:3], inputs.length)] * maps]
+    grads = [torch.randn(shape, generator=generator).to(like) for shape in shapes]
+    if inputs.mask is not None:
+        grads[0] *= inputs.mask[:, None, :, None]
+    return grads
+
+
+def share_of_rows(inputs: Inputs, count: int) -> list[Tensor]:
+    """For the rows (B, H, N) of a loss that is their sum over ``count``, in fp64."""
+    like = inputs.leaves[0]
+    return [torch.full(like.shape[:3], 1 / count, dtype=torch.float64, device=like.device)]
 
 
 @dataclass
@@ -62,21 +90,22 @@ class Comparison:
     def __init__(self, op: Op, case: Case, inputs: Inputs, sampled: bool = False) -> None:
         """``sampled``: results are checked on some samples and heads, not on all."""
         self.op, self.case, self.inputs = op, case, inputs
-        self.checked = correctness.sample if sampled else lambda x: x
-        self.device = inputs.q.device
-        generator = torch.Generator().manual_seed(1)
-        shapes = op.output_shapes(inputs.q)
-        self.grads = [torch.randn(s, generator=generator).to(self.device, inputs.q.dtype) for s in shapes]
-        if inputs.mask is not None:
-            self.grads[0] *= inputs.mask[:, None, :, None]  # no loss looks at padding
+        self.sampled = sampled or inputs.length > WHOLE_LENGTH
+        self.device = inputs.leaves[0].device
+        self.upstream = op.upstream(inputs)
+        self.grads = [torch.ones((), device=self.device)] if op.is_loss else self.upstream
         torch._dynamo.reset()  # one compiled entry a mode, far from the recompile limit
         self.truths: dict[tuple[bool, bool], correctness.Truth] = {}
 
     def run(
-        self, mode: Mode, budget_s: float, step: Callable[[str], None] = lambda text: None
+        self,
+        mode: Mode,
+        budget_s: float,
+        min_rounds: int = 5,
+        step: Callable[[str], None] = lambda text: None,
     ) -> list[Result]:
         results = []
-        contestants: dict[str, Contestant] = {}
+        contestants: list[Contestant] = []
         with torch.set_grad_enabled(mode != "forward"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for provider in self.op.providers:
@@ -85,18 +114,24 @@ class Comparison:
                     result, contestant = self.admit(provider, mode)
                     results.append(result)
                     if contestant is not None:
-                        contestants[provider.name] = contestant
+                        contestants.append(contestant)
+                        if contestant.known_s is None:
+                            step(f"{provider.name}: memory")
+                            result.extra_bytes = self.memory(contestant)
             step("timing")
-            clock = self.clock()
-            seconds = (
-                paired.run_rounds(list(contestants.values()), clock, budget_s=budget_s) if contestants else {}
-            )
-            for result in results:
-                if result.status == "ok":
-                    step(f"{result.provider}: memory")
-                    self.fill(result, seconds, self.works(mode)[result.provider])
-                    result.extra_bytes = self.memory(contestants[result.provider])
+            seconds = self.time(contestants, budget_s, min_rounds)
+        for result in results:
+            if result.status == "ok":
+                self.fill(result, seconds, self.works(mode)[result.provider])
         return results
+
+    def time(self, contestants: list[Contestant], budget_s: float, min_rounds: int) -> dict[str, list[float]]:
+        endless = {c.name: [c.known_s] for c in contestants if c.known_s and c.known_s >= ENDLESS_S}
+        others = [contestant for contestant in contestants if contestant.name not in endless]
+        if not others:
+            return endless
+        timed = paired.run_rounds(others, self.clock(), budget_s=budget_s, min_rounds=min_rounds)
+        return endless | timed
 
     def clock(self) -> paired.Clock:
         if self.device.type == "cuda" and not self.case.overhead:
@@ -105,70 +140,89 @@ class Comparison:
 
     def admit(self, provider: Provider, mode: Mode) -> tuple[Result, Contestant | None]:
         """Builds the provider and checks its result: a wrong one is not timed."""
-        dtype = DTYPE_NAMES[self.inputs.q.dtype]
-        reason = provider.unavailable(mode, self.device)
+        dtype = DTYPE_NAMES[self.inputs.leaves[0].dtype]
+        reason = provider.unavailable(self.inputs, mode)
         if reason is not None:
             return Result(provider.name, dtype, "unavailable", reason), None
+        results: list[Tensor] = []
         try:
             call = provider.make(self.inputs)
-            contestant = self.contestant(provider.name, call, mode)
-            results = self.results(call, mode)
+            if provider.compiles or self.device.type == "cuda":  # Triton compiles too
+                self.results(call, mode)
+            start = time.perf_counter()
+            extra_bytes = peak_extra_bytes(self.device, lambda: results.extend(self.results(call, mode)))
+            seconds = time.perf_counter() - start
         except RuntimeError as error:  # a peer that cannot take the shape, or a compiler that gives up
             return Result(provider.name, dtype, "failed", str(error).strip().splitlines()[0]), None
-        results = [self.checked(x) for x in results]
-        reason = correctness.wrong(results, self.truth(provider.ignores_mask, mode), self.mask_of(provider))
+        results = [x if x.dim() == 0 else self.part(x) for x in results]
+        inputs = self.seen_by(provider).pick(self.part)
+        reason = correctness.wrong(results, self.truth(provider, mode), inputs)
         if reason is not None:
             return Result(provider.name, dtype, "wrong", reason), None
-        return Result(provider.name, dtype, "ok"), contestant
+        contestant = self.contestant(provider.name, call, mode)
+        if seconds < LONG_S or mode == "backward":
+            return Result(provider.name, dtype, "ok"), contestant
+        result = Result(provider.name, dtype, "ok", extra_bytes=extra_bytes)
+        return result, replace(contestant, known_s=seconds)
+
+    def part(self, x: Tensor) -> Tensor:
+        """What is checked of (B, H, ...)."""
+        return correctness.sample(x) if self.sampled else x
+
+    @property
+    def checked(self) -> str:
+        """What the check of every result covered."""
+        batch, heads = self.part(self.inputs.leaves[0]).shape[:2]
+        of = self.inputs.leaves[0].shape[:2].numel()
+        part = "everything" if batch * heads == of else f"{batch * heads} of {of} heads"
+        if self.op.is_loss and self.truths:
+            known = all(truth.oracle[0] is not None for truth in self.truths.values())
+            return f"{'loss' if known else 'not the loss'}; of the gradients {part}"
+        return part
 
     def leaves(self, mode: Mode) -> list[Tensor]:
-        inputs = self.inputs
-        return [x.detach().requires_grad_(mode != "forward") for x in (inputs.q, inputs.k, inputs.v)]
+        return [x.detach().requires_grad_(mode != "forward") for x in self.inputs.leaves]
 
     def results(self, call: Call, mode: Mode) -> list[Tensor]:
         leaves = self.leaves(mode)
-        outputs = call(*leaves)
+        outputs = call(*leaves, *self.inputs.constants)
         gradients = () if mode == "forward" else torch.autograd.grad(outputs, leaves, self.grads)
         return [*outputs, *gradients]
 
     def contestant(self, name: str, call: Call, mode: Mode) -> Contestant:
-        leaves, grads = self.leaves(mode), self.grads
+        leaves, constants, grads = self.leaves(mode), self.inputs.constants, self.grads
         if mode == "forward":
-            return Contestant(name, lambda _: call(*leaves))
+            return Contestant(name, lambda _: call(*leaves, *constants))
         if mode == "backward":
             return Contestant(
                 name,
                 lambda outputs: torch.autograd.grad(outputs, leaves, grads),
-                prepare=lambda: call(*leaves),
+                prepare=lambda: call(*leaves, *constants),
             )
-        return Contestant(name, lambda _: torch.autograd.grad(call(*leaves), leaves, grads))
+        return Contestant(name, lambda _: torch.autograd.grad(call(*leaves, *constants), leaves, grads))
 
-    def truth(self, ignores_mask: bool, mode: Mode) -> correctness.Truth:
+    def seen_by(self, provider: Provider) -> Inputs:
+        return replace(self.inputs, mask=None) if provider.ignores_mask else self.inputs
+
+    def truth(self, provider: Provider, mode: Mode) -> correctness.Truth:
         gradients = mode != "forward" or self.case.modes != ("forward",)
-        if (ignores_mask, gradients) not in self.truths:
-            q, k, v, *grads = (
-                self.checked(x) for x in (self.inputs.q, self.inputs.k, self.inputs.v, *self.grads)
-            )
-            mask = None if ignores_mask else self.checked_mask()
-            with torch.set_grad_enabled(gradients):
-                self.truths[ignores_mask, gradients] = correctness.truth(
-                    self.op.reference, q, k, v, mask, grads, gradients
+        key = (provider.ignores_mask, gradients)
+        if key not in self.truths:
+            op, inputs = self.op, self.seen_by(provider)
+            names = [*op.outputs, *(f"grad {name}" for name in op.takes.leaf_names)]
+            if op.is_loss:
+                self.truths[key] = correctness.loss_truth(
+                    op.reference, names, inputs, self.part, self.upstream[0], gradients
                 )
-        return self.truths[ignores_mask, gradients]
-
-    def mask_of(self, provider: Provider) -> Tensor | None:
-        return None if provider.ignores_mask else self.checked_mask()
-
-    def checked_mask(self) -> Tensor | None:
-        mask = self.inputs.mask
-        return None if mask is None else self.checked(mask[:, None])[:, 0]
+            else:
+                upstream = [self.part(g) for g in self.upstream]
+                self.truths[key] = correctness.truth(
+                    op.reference, names, inputs.pick(self.part), upstream, gradients
+                )
+        return self.truths[key]
 
     def works(self, mode: Mode) -> dict[str, Work]:
-        unmasked = replace(self.inputs, mask=None)
-        return {
-            provider.name: self.op.work(unmasked if provider.ignores_mask else self.inputs, mode)
-            for provider in self.op.providers
-        }
+        return {provider.name: self.op.work(self.seen_by(provider), mode) for provider in self.op.providers}
 
     def fill(self, result: Result, seconds: dict[str, list[float]], work: Work) -> None:
         result.seconds = seconds[result.provider]

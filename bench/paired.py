@@ -22,11 +22,15 @@ CUDA_SCRUB_BYTES = 256 * 2**20  # larger than any L2
 
 @dataclass(frozen=True)
 class Contestant:
-    """``prepare`` runs untimed before every call; ``run``, which is timed, takes its result."""
+    """``prepare`` runs untimed before every call; ``run``, which is timed, takes its result.
+
+    ``known_s``: about how long a call takes, where that was seen already.
+    """
 
     name: str
     run: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
+    known_s: float | None = None
 
 
 class WallClock:
@@ -80,15 +84,15 @@ def run_rounds(
     min_rounds: int = 5,
     max_rounds: int = 50,
 ) -> dict[str, list[float]]:
-    """Seconds per call of every contestant, one entry a round, after a warm-up that also sizes the samples.
+    """Seconds per call of every contestant, one entry a round; they come warm, called once at least.
 
     Rounds go on until ``budget_s`` is spent, but number at least ``min_rounds`` and at most ``max_rounds``.
     The order rotates by one each round, so nobody always goes first.
     """
     calls = {}
     for contestant in contestants:
-        clock.sample(contestant, 1)
-        calls[contestant.name] = calls_per_sample(clock.sample(contestant, 1))
+        estimate = contestant.known_s or clock.sample(contestant, 1)
+        calls[contestant.name] = calls_per_sample(estimate)
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     deadline = time.perf_counter() + budget_s
     with collector_paused():
@@ -132,8 +136,14 @@ class Spread:
 
 
 def paired_ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> Spread:
-    """How many times longer ``name`` takes than ``base``: the spread of their ratio within each round."""
-    return Spread.of([mine / theirs for mine, theirs in zip(seconds[name], seconds[base], strict=True)])
+    """How many times longer ``name`` takes than ``base``: the spread of their ratio within each round.
+
+    Where one of the two ran outside the rounds, to their medians.
+    """
+    mine, theirs = seconds[name], seconds[base]
+    if len(mine) != len(theirs):
+        return Spread.of([Spread.of(mine).median / Spread.of(theirs).median])
+    return Spread.of([a / b for a, b in zip(mine, theirs, strict=True)])
 
 
 class ReplayClock:

@@ -1,7 +1,7 @@
-"""The figures: time relative to bertops and peak memory for every comparison, and time over length."""
+"""The figures: time relative to bertops and peak memory for every comparison, and both over length."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -18,14 +18,16 @@ COLORS = {
     "bertops, no mask": "#8cc9b0",
     "eager": "#9aa5b1",
     "compiled eager": "#c98f3c",
+    "chunked eager": "#4a76b8",
     "SDPA": "#4a76b8",
     "SDPA + scores": "#4a76b8",
     "FlexAttention": "#a65a8c",
+    "eager Gram": "#a65a8c",
 }
 TIMES = "\N{MULTIPLICATION SIGN}"
 INK, QUIET = "#1d2733", "#66727f"
 LABEL_POINTS = 10.0
-MIN_LENGTHS = 3  # a curve over fewer says nothing
+MIN_LENGTHS = 4  # a curve over fewer says nothing
 MODE_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 STYLE: Any = {
     "font.size": 9,
@@ -141,59 +143,80 @@ def draw_bar(time_axes: Axes, memory_axes: Axes, y: float, result: dict[str, Any
         )
 
 
-Curves = dict[tuple[str, float, int], list[dict[str, Any]]]
+Curves = dict[str, list[dict[str, Any]]]
 
 
 def find_curves(comparisons: Sequence[dict[str, Any]]) -> Curves:
-    """Synthetic comparisons that differ in length alone, by (dtype, padding, head dim)."""
+    """Synthetic comparisons that differ in length and batch alone, by what they have in common."""
     curves: Curves = {}
     for comparison in comparisons:
         case = comparison["case"]
         if case["source"] == "random" and not case["overhead"]:
-            curves.setdefault((case["dtype"], case["padding"], case["head_dim"]), []).append(comparison)
-    return {key: curve for key, curve in curves.items() if len(curve) >= MIN_LENGTHS}
+            teacher = f" D_t{case['head_dim_t']}" if case["head_dim_t"] else ""
+            padded = f", {case['padding']:.0%} padding" if case["padding"] else ""
+            common = f"H{case['heads']} D{case['head_dim']}{teacher} {case['dtype']}{padded}"
+            curves.setdefault(common, []).append(comparison)
+    return {common: curve for common, curve in curves.items() if len(curve) >= MIN_LENGTHS}
 
 
 def lines(title: str, machine: str, curves: Curves) -> Figure:
-    """Time over length at a constant number of tokens, a panel for every dtype, padding and head dim."""
-    columns = min(2, len(curves))
-    rows = -(-len(curves) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(5 * columns, 3.1 * rows + 0.7), squeeze=False, sharex=True
-    )
+    """A row for every curve: time on the left, peak extra memory on the right, both over length."""
+    figure, grid = plt.subplots(len(curves), 2, figsize=(10, 3.3 * len(curves) + 0.7), squeeze=False)
     height = figure.get_figheight()
     figure.text(0.015, 1 - 0.1 / height, title, fontsize=13, fontweight="bold", va="top")
     figure.text(0.015, 1 - 0.36 / height, machine, color=QUIET, va="top")
-    for axes, ((dtype, padding, head_dim), comparisons) in zip(grid.flat, curves.items(), strict=False):
-        padded = f", {padding:.0%} padding" if padding else ""
-        axes.set_title(f"{dtype}, D{head_dim}{padded}", loc="left", fontsize=10)
-        ends = {}
-        for provider, color in COLORS.items():
-            points = [
-                (c["case"]["length"], r["time"]["median"] * 1e3)
-                for c in comparisons
-                for r in c["results"]
-                if r["provider"] == provider and r["status"] == "ok"
-            ]
-            if points:
-                width = 2.2 if provider.startswith("bertops") else 1.3
-                axes.plot(*zip(*points, strict=True), color=color, linewidth=width, marker="o", markersize=3)
-                ends[provider] = points[-1]
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        lengths = sorted(c["case"]["length"] for c in comparisons)
-        axes.set_xticks(lengths, [str(n) for n in lengths])
-        axes.set_xlim(lengths[0] * 0.9, lengths[-1] * 2.2)
-        axes.set_xlabel("length N, tokens constant")
-        axes.set_ylabel("time, ms")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
-        label_ends(axes, ends)
-    for axes in list(grid.flat)[len(curves) :]:
-        axes.set_visible(False)
+    labels = []
+    for (time_axes, memory_axes), (common, comparisons) in zip(grid, curves.items(), strict=True):
+        time_axes.set_title(common, loc="left", fontsize=10)
+        times = points(comparisons, lambda result: result["time"]["median"] * 1e3)
+        megabytes = points(comparisons, lambda result: (result["extra_bytes"] or 0) / 1e6)
+        labels.append((time_axes, line_panel(time_axes, comparisons, times, "time, ms")))
+        labels.append((memory_axes, line_panel(memory_axes, comparisons, megabytes, "peak extra memory, MB")))
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / height))
+    for axes, ends in labels:
+        label_ends(axes, ends)
     return figure
+
+
+Points = dict[str, list[tuple[int, float]]]
+
+
+def points(comparisons: Sequence[dict[str, Any]], figure: Callable[[dict[str, Any]], float]) -> Points:
+    """(N, ``figure`` of the result) of every provider that has one above 0."""
+    found: Points = {}
+    for comparison in sorted(comparisons, key=lambda comparison: comparison["case"]["length"]):
+        for result in comparison["results"]:
+            if result["status"] == "ok" and figure(result) > 0:
+                found.setdefault(result["provider"], []).append(
+                    (comparison["case"]["length"], figure(result))
+                )
+    return found
+
+
+def line_panel(
+    axes: Axes, comparisons: Sequence[dict[str, Any]], found: Points, unit: str
+) -> dict[str, tuple[float, float]]:
+    """Returns where every line ends."""
+    for provider, line in found.items():
+        width = 2.2 if provider.startswith("bertops") else 1.3
+        axes.plot(*zip(*line, strict=True), color=COLORS[provider], lw=width, marker="o", markersize=3)
+    lengths = sorted(comparison["case"]["length"] for comparison in comparisons)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [str(n) for n in lengths])
+    axes.set_xlim(lengths[0] * 0.9, lengths[-1] * (lengths[-1] / lengths[0]) ** 0.33)
+    axes.set_xlabel(length_label(comparisons))
+    axes.set_ylabel(unit)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_formatter("")
+    return {provider: line[-1] for provider, line in found.items()}
+
+
+def length_label(comparisons: Sequence[dict[str, Any]]) -> str:
+    tokens = [comparison["case"]["batch"] * comparison["case"]["length"] for comparison in comparisons]
+    beyond = "" if max(tokens) == min(tokens) else ", then B = 1"
+    return f"length N, B·N = {min(tokens):,}{beyond}"
 
 
 def label_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:

@@ -1,10 +1,12 @@
-"""The peers, each as users write it today.
+"""The peers of attention, each as users write it today.
 
-``make`` turns inputs into a function of q, k, v; what depends on the mask alone is made there, untimed.
+``make`` turns inputs into a function of their tensors; what depends on the mask alone is made there, untimed.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,22 +15,32 @@ from torch.nn import functional as F
 import bertops
 from bench.shapes import Case, Inputs, Mode
 
-Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+Call = Callable[..., tuple[Tensor, ...]]
+MAP_BYTES = {"cpu": 6e9, "cuda": 60e9}  # what a provider may fill with maps
 
 
 @dataclass(frozen=True)
 class Provider:
-    """``applies`` picks the cases it takes part in; ``ignores_mask`` runs on all rows, padding included."""
+    """``applies`` picks the cases it takes part in; ``ignores_mask`` runs on all rows, padding included.
+
+    ``maps``: fp32 maps of all heads that forward and backward hold at a time.
+    """
 
     name: str
     make: Callable[[Inputs], Call]
     applies: Callable[[Case], bool] = lambda case: True
     ignores_mask: bool = False
-    cpu_backward: bool = True
+    cpu_lacks: str = ""  # backward, or what it needs in the forward as well
+    compiles: bool = False  # in its first call
+    maps: int = 0
 
-    def unavailable(self, mode: Mode, device: torch.device) -> str | None:
-        if device.type == "cpu" and mode != "forward" and not self.cpu_backward:
-            return "has no backward on a CPU"
+    def unavailable(self, inputs: Inputs, mode: Mode) -> str | None:
+        like = inputs.leaves[0]
+        if like.device.type == "cpu" and self.cpu_lacks and (mode, self.cpu_lacks) != ("forward", "backward"):
+            return f"has no {self.cpu_lacks} on a CPU"
+        map_bytes = 4 * like.shape[:3].numel() * inputs.length * self.maps
+        if map_bytes > MAP_BYTES[like.device.type]:
+            return f"its maps would take {map_bytes / 1e9:.0f} GB"
         return None
 
 
@@ -47,9 +59,14 @@ def attention_providers(impl: str) -> list[Provider]:
             "bertops, no mask", lambda inputs: bertops_attention(None, impl), is_padded, ignores_mask=True
         ),
         Provider("eager", lambda inputs: eager_attention(inputs.mask)),
-        Provider("compiled eager", lambda inputs: compiled(eager_attention(inputs.mask)), is_compiled),
+        Provider(
+            "compiled eager",
+            lambda inputs: compiled(eager_attention(inputs.mask)),
+            is_compiled,
+            compiles=True,
+        ),
         Provider("SDPA", lambda inputs: sdpa(inputs.mask)),
-        Provider("FlexAttention", flex, is_compiled, cpu_backward=False),
+        Provider("FlexAttention", flex, is_compiled, cpu_lacks="backward", compiles=True),
     ]
 
 
@@ -58,7 +75,10 @@ def attention_with_scores_providers(impl: str) -> list[Provider]:
         Provider("bertops", lambda inputs: bertops_attention_with_scores(inputs.mask, impl)),
         Provider("eager", lambda inputs: eager_attention_with_scores(inputs.mask)),
         Provider(
-            "compiled eager", lambda inputs: compiled(eager_attention_with_scores(inputs.mask)), is_compiled
+            "compiled eager",
+            lambda inputs: compiled(eager_attention_with_scores(inputs.mask)),
+            is_compiled,
+            compiles=True,
         ),
         Provider("SDPA + scores", lambda inputs: sdpa_with_scores(inputs.mask)),
     ]
@@ -135,14 +155,18 @@ def compiled(call: Call) -> Call:
 
 
 def flex(inputs: Inputs) -> Call:
+    attend = compiled_flex(inputs.mask)
+    return lambda q, k, v: (attend(q, k, v),)
+
+
+def compiled_flex(mask: Tensor | None) -> Callable[..., Any]:
+    """``flex_attention`` over the real keys."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     block_mask = None
-    if inputs.mask is not None:
-        mask = inputs.mask
+    if mask is not None:
         length = mask.shape[1]
         block_mask = create_block_mask(
             lambda b, h, i, j: mask[b, j], mask.shape[0], None, length, length, device=mask.device
         )
-    call = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: (call(q, k, v, block_mask=block_mask),)
+    return partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from bench.shapes import DTYPE_NAMES, Case, Inputs
+from bench.shapes import DTYPE_NAMES, Case, Inputs, Takes
 from bertops import use_impl
 from bertops.models import BertModel
 
@@ -116,24 +116,43 @@ class RealModel:
         ids = torch.tensor([row.ids for row in rows], device=self.device)
         return Batch(ids, torch.tensor([row.attention_mask for row in rows], device=self.device))
 
-    def inputs(self, case: Case) -> Inputs:
-        """Q, K, V of the middle layer, strided as the packed projection leaves them."""
+    def inputs(self, takes: Takes, case: Case) -> Inputs:
+        """Projections of the middle layer, strided as the model leaves them; teacher is the last layer."""
         batch = self.batch(case.batch, case.length, case.source == "modules")
-        middle = len(self.bert.layers) // 2
-        attention: Any = self.bert.layers[middle].attention
-        captured = []
-        handle = attention.qkv.register_forward_hook(lambda module, args, output: captured.append(output))
+        last = len(self.bert.layers)
+        layer = last // 2 + 1
+        packed = self.projections(batch, [layer, last], case.dtype)
+        leaves = tuple(packed[layer][letter] for letter in takes.student)
+        constants = tuple(packed[last][letter] for letter in takes.teacher)
+        batch_size, heads, length, head_dim = leaves[0].shape
+        title = (
+            f"{case.source} through layer {layer}{f' and teacher {last}' if takes.teacher else ''}: "
+            f"B{batch_size} H{heads} N{length} D{head_dim} {DTYPE_NAMES[case.dtype]}, "
+            f"{batch.padding:.0%} padding"
+        )
+        return Inputs(leaves, constants, batch.mask.bool(), title)
+
+    def projections(
+        self, batch: Batch, layers: list[int], dtype: torch.dtype
+    ) -> dict[int, dict[str, torch.Tensor]]:
+        """q, k and v (B, H, N, D) of ``layers``, counted from 1."""
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        handles = []
+        for layer in layers:
+            attention: Any = self.bert.layers[layer - 1].attention
+
+            def keep(
+                module: Any, args: Any, output: torch.Tensor, layer: int = layer, attention: Any = attention
+            ) -> None:
+                packed = output.to(dtype).unflatten(-1, (3, attention.num_heads, -1))  # (B, N, 3, H, D)
+                found[layer] = dict(zip("qkv", packed.permute(2, 0, 3, 1, 4), strict=True))
+
+            handles.append(attention.qkv.register_forward_hook(keep))
         with torch.no_grad(), use_impl(self.impl):
             self.bert(batch.input_ids, batch.mask)
-        handle.remove()
-        packed = captured[0].to(case.dtype).unflatten(-1, (3, attention.num_heads, -1))  # (B, N, 3, H, D)
-        q, k, v = packed.permute(2, 0, 3, 1, 4)
-        batch_size, heads, length, head_dim = q.shape
-        title = (
-            f"{case.source} through layer {middle}: B{batch_size} H{heads} N{length} D{head_dim} "
-            f"{DTYPE_NAMES[case.dtype]}, {batch.padding:.0%} padding"
-        )
-        return Inputs(q, k, v, batch.mask.bool(), title)
+        for handle in handles:
+            handle.remove()
+        return found
 
     @cached_property
     def check(self) -> dict:

