@@ -320,7 +320,7 @@ def fp32_parts(
     """What the backward of fp32 models takes for the lse, five times (B, H, N).
 
     An lse rounded to fp32 is too coarse where one key has nearly all the weight: P_s - P_t then lives in
-    digits that neither probability has. With e_s = exp(S - top_s), e_t = exp(T - top_t) and their sums l_s, l_t
+    digits that neither probability has. With e_s = exp(S - top_s), e_t = exp(T - top_t), their sums l_s, l_t
 
         P_s - P_t = ((near e_s - e_t) + far e_s) / l_t,  near + far = l_t / l_s,
 

@@ -139,6 +139,7 @@ def source(task: Task) -> ASTSource:
         "CHUNK": 512,
         "LOSS": task.kernel.removeprefix("pair_fwd_") if "pair_fwd" in task.kernel else "kl",
         "EXACT": task.dtype == torch.float32,
+        "SYMMETRIC": True,
         "BOOST": FP16_BOOST if task.dtype == torch.float16 else 0,
     }
     element = "*" + DTYPES[task.dtype]
