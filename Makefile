@@ -5,7 +5,7 @@
 #
 # PYTHON   the interpreter that makes the environments
 # TORCH    the PyTorch of .venv, read when .venv is made; on a GPU machine the same version is the CUDA build
-# ARGS     arguments for pytest (make test) or the bench (make bench)
+# ARGS     arguments for pytest (make test), the bench (make bench) or the demo (make demo)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -38,6 +38,7 @@ bench: $(VENV)/.built
 
 demo: $(VENV)/.built
 	$(PY) -m bertops info
+	$(PY) -m bench.demo $(ARGS)
 
 lint: $(VENV)/.built
 	$(PY) -m ruff check .

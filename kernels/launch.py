@@ -45,6 +45,14 @@ _SM80 = {
     "attention_bwd_dkv": ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
     "attention_bwd_dq_scores": ((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
     "attention_bwd_dkv_scores": ((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+    "pair_fwd_kl": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    "pair_fwd_kl_given": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    "pair_fwd_mse": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    "pair_bwd_dq": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    "pair_bwd_dk": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    "relation_kl_bwd": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    "gram_chunks": ((64, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+    "gram_bwd": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
 }
 _SM90 = {
     "attention_fwd": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
@@ -53,6 +61,14 @@ _SM90 = {
     "attention_bwd_dkv": ((32, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)),
     "attention_bwd_dq_scores": ((64, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
     "attention_bwd_dkv_scores": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    "pair_fwd_kl": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 2)),
+    "pair_fwd_kl_given": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 2)),
+    "pair_fwd_mse": ((128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 8, 2)),
+    "pair_bwd_dq": ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1)),
+    "pair_bwd_dk": ((64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 8, 1)),
+    "relation_kl_bwd": ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1)),
+    "gram_chunks": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    "gram_bwd": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
 }
 # Blackwell's tensor cores take no fewer than 64 rows.
 _SM100 = {
@@ -62,6 +78,14 @@ _SM100 = {
     "attention_bwd_dkv": ((64, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1)),
     "attention_bwd_dq_scores": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
     "attention_bwd_dkv_scores": ((64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1)),
+    "pair_fwd_kl": ((64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
+    "pair_fwd_kl_given": ((64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
+    "pair_fwd_mse": ((128, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
+    "pair_bwd_dq": ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+    "pair_bwd_dk": ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
+    "relation_kl_bwd": ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+    "gram_chunks": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    "gram_bwd": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
 }
 # Dropout's random words take registers too: what replaces the entries above for head dims up to 128.
 _DROPOUT = {
@@ -89,6 +113,14 @@ _FP32 = {
     "attention_bwd_dkv": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
     "attention_bwd_dq_scores": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     "attention_bwd_dkv_scores": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+    "pair_fwd_kl": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "pair_fwd_kl_rest": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "pair_fwd_mse": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "pair_bwd_dq": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "pair_bwd_dk": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "relation_kl_bwd": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "gram_chunks": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1)),
+    "gram_bwd": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
 }
 
 
@@ -96,7 +128,10 @@ def block_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, drop
     """Block sizes of ``kernel`` on an architecture: 10 * major + minor, or 0 for the interpreter."""
     if arch == INTERPRETER:
         # in fp32 square, so that the BLAS under the interpreter sums Q K^T and dO V^T in one order everywhere
-        return BlockConfig(16, 16 if dtype == torch.float32 else 32, 4, 1)
+        if dtype == torch.float32:
+            side = 16 if kernel.startswith("attention") else 32
+            return BlockConfig(side, side, 4, 1)
+        return BlockConfig(16, 32, 4, 1)
     column = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     if dtype == torch.float32:
         return BlockConfig(*_FP32[kernel][column])
@@ -120,13 +155,20 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def tunable(function: Callable) -> Any:
+_VARYING = ["N", "H", "num_sequences", "scale", "window", "threshold", "kept_scale"]
+_VARYING += ["slope_s", "slope_t", "gain", "weight_s", "weight_t", "weight_k"]
+_TUNED_BY = ["HEAD_DIM", "HAS_WINDOW", "HAS_DROPOUT", "HEAD_DIM_S", "HEAD_DIM_T", "LOSS"]
+
+
+def compiled(function: Callable) -> Any:
     """The kernel of ``function``; a new sequence length or batch size does not compile it again."""
-    kernel = triton.jit(
-        function, do_not_specialize=["N", "H", "num_sequences", "scale", "window", "threshold", "kept_scale"]
-    )
+    return triton.jit(function, do_not_specialize=_VARYING)
+
+
+def tunable(function: Callable) -> Any:
+    """The kernel of ``function``, whose block sizes BERTOPS_AUTOTUNE finds."""
     if not AUTOTUNE:
-        return kernel
+        return compiled(function)
     candidates = [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
         for m in (64, 128)
@@ -134,7 +176,7 @@ def tunable(function: Callable) -> Any:
         for warps in (4, 8)
         for stages in (2, 3)
     ]
-    return triton.autotune(candidates, key=["HEAD_DIM", "HAS_WINDOW", "HAS_DROPOUT"])(kernel)
+    return triton.autotune(candidates, key=_TUNED_BY)(compiled(function))
 
 
 def near_strides(x: Tensor) -> Tensor:
@@ -147,6 +189,31 @@ def in_place(x: Tensor) -> Tensor:
     return near_strides(x) if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+class Sequences(NamedTuple):
+    """Which rows of (B, H, N, D) tensors are real or belong together; num_sequences is 0 unless packed."""
+
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    N: int
+    H: int
+    num_sequences: int
+
+
+def prepare_sequences(q: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Sequences:
+    _, heads, length, _ = q.shape
+    if cu_seqlens is not None and cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens must hold the ends of {length} packed rows, got {cu_seqlens.shape[0] - 1}"
+        )
+    return Sequences(
+        None if mask is None else mask.contiguous(),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        length,
+        heads,
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+    )
+
+
 def prepare_rows(
     q: Tensor,
     mask: Tensor | None,
@@ -157,19 +224,14 @@ def prepare_rows(
     seed: Tensor | None,
 ) -> tuple[tuple, dict[str, Any]]:
     """What every attention kernel takes after its tensors: the arguments from ``mask`` on, and its flags."""
-    _, heads, length, head_dim = q.shape
-    if cu_seqlens is not None and cu_seqlens.shape[0] < 2:
-        raise ValueError(
-            f"cu_seqlens must hold the ends of {length} packed rows, got {cu_seqlens.shape[0] - 1}"
-        )
+    length, head_dim = q.shape[2:]
+    mask, cu_seqlens, *sizes = prepare_sequences(q, mask, cu_seqlens)
     threshold = dropout_threshold(dropout_p)
     arguments = (
-        None if mask is None else mask.contiguous(),
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        mask,
+        cu_seqlens,
         seed,
-        length,
-        heads,
-        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        *sizes,
         float(scale),
         min(window, length),
         threshold - 2**32 if threshold >= 2**31 else threshold,
@@ -187,22 +249,32 @@ def prepare_rows(
 def launch(
     kernel: Any, name: str, block: str, q: Tensor, tensors: tuple, rows: tuple, flags: dict[str, Any]
 ) -> None:
-    """Runs ``kernel`` with one program for each ``block`` ("BLOCK_M" or "BLOCK_N") of rows and each head.
+    """Runs the attention ``kernel`` with one program for each ``block`` of rows and each head.
 
     ``tensors`` are its own tensors and strides, ``rows`` and ``flags`` come from :func:`prepare_rows`.
     """
-    batch, heads, length, head_dim = q.shape
-    num_sequences = rows[5]
+    config = block_config(name, architecture(q.device), q.dtype, q.shape[3], flags["HAS_DROPOUT"])
+    run(kernel, config, block, q, rows[5], (*tensors, *rows), flags)
 
-    def grid(meta: dict[str, Any]) -> tuple[int]:
+
+def run(
+    kernel: Any,
+    config: BlockConfig,
+    block: str,
+    q: Tensor,
+    num_sequences: int,
+    arguments: tuple,
+    flags: dict[str, Any],
+    programs: int = 1,
+) -> None:
+    """Runs ``kernel`` with ``programs`` for each ``block``, a block size's name, of rows and each head."""
+    batch, heads, length, _ = q.shape
+
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
         if num_sequences:
-            return (heads * (length // meta[block] + num_sequences),)
-        return (batch * heads * triton.cdiv(length, meta[block]),)
+            return heads * (length // meta[block] + num_sequences), programs
+        return batch * heads * triton.cdiv(length, meta[block]), programs
 
-    meta = (
-        {}
-        if AUTOTUNE
-        else block_config(name, architecture(q.device), q.dtype, head_dim, flags["HAS_DROPOUT"]).meta()
-    )
+    meta = {} if isinstance(kernel, triton.runtime.Autotuner) else config.meta()
     with torch.cuda.device_of(q):
-        kernel[grid](*tensors, *rows, **flags, **meta, enable_fp_fusion=True)
+        kernel[grid](*arguments, **flags, **meta, enable_fp_fusion=True)

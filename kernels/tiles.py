@@ -187,6 +187,14 @@ def store_rows(
 
 
 @triton.jit
+def exact_exp(x):
+    x = tl.where(x < -150.0, -150.0, x)  # exp is 0 from there, and -inf - -inf would be NaN below
+    n = tl.floor(x * _LOG2E + 0.5)
+    rest = x - n * _LN2_HIGH - n * _LN2_LOW
+    return tl.exp2(rest * _LOG2E) * tl.exp2(n)
+
+
+@triton.jit
 def exp_scaled(
     s,  # fp32
     scale,
@@ -195,14 +203,8 @@ def exp_scaled(
 ):
     """exp(scale * s - shift): to about 1 ulp of fp32 with EXACT, to what bf16 and fp16 can tell without."""
     if EXACT:
-        x = s * scale - shift
-        x = tl.where(x < -150.0, -150.0, x)  # exp is 0 from there, and -inf - -inf would be NaN below
-        n = tl.floor(x * _LOG2E + 0.5)
-        rest = x - n * _LN2_HIGH - n * _LN2_LOW
-        p = tl.exp2(rest * _LOG2E) * tl.exp2(n)
-    else:
-        p = tl.exp2(s * (scale * _LOG2E) - shift * _LOG2E)
-    return p
+        return exact_exp(s * scale - shift)
+    return tl.exp2(s * (scale * _LOG2E) - shift * _LOG2E)
 
 
 @triton.jit

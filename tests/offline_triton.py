@@ -25,8 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bertops.kernels import attention, attention_bwd
+from bertops.kernels import attention, attention_bwd, attention_score_mse_gram, pairs, pairs_bwd, relation_kl
 from bertops.kernels.launch import BlockConfig, block_config, padded_head_dim
+from bertops.kernels.pairs_bwd import FP16_BOOST
 
 KERNELS = {
     "attention_fwd": attention._kernel,
@@ -35,6 +36,14 @@ KERNELS = {
     "attention_bwd_dkv": attention_bwd._dkv_kernel,
     "attention_bwd_dq_scores": attention_bwd._dq_kernel,
     "attention_bwd_dkv_scores": attention_bwd._dkv_kernel,
+    "pair_fwd_kl": pairs._fwd_kernel,
+    "pair_fwd_kl_given": pairs._fwd_kernel,
+    "pair_fwd_mse": pairs._fwd_kernel,
+    "pair_bwd_dq": pairs_bwd._dq_kernel,
+    "pair_bwd_dk": pairs_bwd._dk_kernel,
+    "relation_kl_bwd": relation_kl._kernel,
+    "gram_chunks": attention_score_mse_gram._chunk_kernel,
+    "gram_bwd": attention_score_mse_gram._bwd_kernel,
 }
 ARCHS = (80, 90, 100)
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -82,6 +91,8 @@ def tasks(every: bool) -> list[Task]:
 
 
 def is_default(task: Task) -> bool:
+    if not task.kernel.startswith("attention"):
+        return is_default_pair(task)
     if task.dtype != torch.bfloat16:
         head_dims = (64,) if task.dtype == torch.float16 else (64, 128)
         return task.arch == 90 and task.options == "mask" and task.head_dim in head_dims
@@ -92,8 +103,20 @@ def is_default(task: Task) -> bool:
     return task.head_dim == 64 and (task.arch == 90 or task.options == "packed+window")
 
 
+def is_default_pair(task: Task) -> bool:
+    """Masks everywhere; "mask+dropout" and "mask+lse" are nothing that the pair kernels know."""
+    if task.dtype != torch.bfloat16:
+        return task.arch == 90 and task.options == "mask" and task.head_dim == 64
+    if task.options == "mask":
+        return task.head_dim in (64, 128) or (task.arch == 90 and task.head_dim == 256)
+    return task.head_dim == 64 and task.arch == 90 and task.options == "packed+window"
+
+
 def task_blocks(task: Task) -> BlockConfig:
-    return block_config(task.kernel, task.arch, task.dtype, task.head_dim, "dropout" in task.options)
+    config = block_config(task.kernel, task.arch, task.dtype, task.head_dim, "dropout" in task.options)
+    if task.kernel.startswith("gram"):
+        return config._replace(block_n=min(config.block_n, padded_head_dim(task.head_dim)))
+    return config
 
 
 def source(task: Task) -> ASTSource:
@@ -108,6 +131,15 @@ def source(task: Task) -> ASTSource:
         "BLOCK_N": config.block_n,
         "HAS_WINDOW": "window" in options,
         "HAS_DROPOUT": "dropout" in options,
+        "HEAD_DIM_S": task.head_dim,
+        "HEAD_DIM_T": task.head_dim,
+        "BLOCK_D_S": padded_head_dim(task.head_dim),
+        "BLOCK_D_T": padded_head_dim(task.head_dim),
+        "BLOCK_K": config.block_n,
+        "CHUNK": 512,
+        "LOSS": task.kernel.removeprefix("pair_fwd_") if "pair_fwd" in task.kernel else "kl",
+        "EXACT": task.dtype == torch.float32,
+        "BOOST": FP16_BOOST if task.dtype == torch.float16 else 0,
     }
     element = "*" + DTYPES[task.dtype]
     types = dict.fromkeys(("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"), element)
@@ -115,6 +147,7 @@ def source(task: Task) -> ASTSource:
     types |= dict.fromkeys(("N", "H", "num_sequences", "window", "threshold", "scores_stride"), "i32")
     types |= dict.fromkeys(("scale", "kept_scale"), "fp32")
     types |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "grad_out_strides"), ("i32",) * 3)
+    types |= pair_types(task, element)
     optional = {
         "scores": (element, "scores" in task.kernel),
         "grad_scores": (element, "scores" in task.kernel),
@@ -128,11 +161,12 @@ def source(task: Task) -> ASTSource:
     types["grad_scores_strides"] = ()
     if optional["grad_scores"][1]:
         types["grad_scores_strides"] = ("i64", "i32", "i32", "constexpr")
+    types["grad_rows_strides"] = ("i32", "i32", "constexpr")
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         signature[name] = types.get(name, "constexpr")
-        if name in constants:
-            constexprs[(index,)] = constants[name]
+        if name in constants or name not in types:
+            constexprs[(index,)] = constants.get(name)
         elif name.endswith("_strides"):
             for axis, type in enumerate(types[name]):
                 if type == "constexpr":
@@ -142,6 +176,22 @@ def source(task: Task) -> ASTSource:
         elif types[name].startswith("*") or name == "scores_stride":
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attributes)
+
+
+def pair_types(task: Task, element: str) -> dict[str, str | tuple[str, ...]]:
+    """Types of what the kernels of two models take; what a variant leaves out is a constexpr None."""
+    models = ("q_s", "k_s", "q_t", "k_t", "x_s", "x_t")
+    types: dict[str, str | tuple[str, ...]] = dict.fromkeys((*models, "dq_s", "dk_s", "dx_s"), element)
+    types |= dict.fromkeys((f"{model}_strides" for model in models), ("i32",) * 3)
+    types |= dict.fromkeys(("grad_rows", "grad", "rows", "lse_s", "lse_t", "parts", "grams"), "*fp32")
+    types |= dict.fromkeys(("slope_s", "slope_t", "gain", "weight_s", "weight_t", "weight_k"), "fp32")
+    if task.kernel == "pair_fwd_kl_given":
+        types |= dict.fromkeys(("given_s", "given_t"), "*fp32")
+    if task.dtype == torch.float32:
+        types |= dict.fromkeys(("near", "far"), "*fp32")
+    if task.kernel == "pair_fwd_mse":
+        del types["lse_s"], types["lse_t"]
+    return types
 
 
 def compile_task(task: Task) -> Result:

@@ -260,10 +260,11 @@ void gram_grad_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
     }
   }
   const double factor = 2.0 * *static_cast<const T*>(p.grad);
-  const T factor_q = static_cast<T>(factor * p.scale_s), factor_k = static_cast<T>(factor);
-  for (int64_t first = task.first; first < task.last; first += L) {
-    const int64_t count = min_of(L, task.last - first);
-    const auto multiply = [&](const T* matrix, T scale, const Heads& to) {
+  // one matrix at a time: both do not fit into the first cache
+  const auto multiply = [&](const T* matrix, T scale, const Heads& to, const auto& load_row) {
+    for (int64_t first = task.first; first < task.last; first += L) {
+      const int64_t count = min_of(L, task.last - first);
+      fill_panels(count, width, rows, panel, [&](int64_t i, T* row) { load_row(first + i, row); });
       fill(grads, L * width_s, T(0));
       for (int64_t k = 0; k < dim; k += kGramBlock) {
         for (int64_t i = 0; i < L; i += kTileRows<T>) {
@@ -274,15 +275,12 @@ void gram_grad_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
       for (int64_t i = 0; i < count; ++i) {
         store_head_row(grads + i * width_s, scale, to, sequence, task.head, first + i, dim_s);
       }
-    };
-    fill_panels(count, width, rows, panel, [&](int64_t i, T* to) {
-      load_p_row(p, task, first + i, width, to, 0, static_cast<T*>(nullptr));
-    });
-    multiply(for_q, factor_q, p.dq);
-    fill_panels(count, width, rows, panel,
-                [&](int64_t i, T* to) { load_r_row(p, task, first + i, width, to); });
-    multiply(for_k, factor_k, p.dk);
-  }
+    }
+  };
+  multiply(for_q, static_cast<T>(factor * p.scale_s), p.dq,
+           [&](int64_t i, T* row) { load_p_row(p, task, i, width, row, 0, static_cast<T*>(nullptr)); });
+  multiply(for_k, static_cast<T>(factor), p.dk,
+           [&](int64_t i, T* row) { load_r_row(p, task, i, width, row); });
 }
 
 }  // namespace bertops::BERTOPS_ISA

@@ -25,7 +25,7 @@ BERTOPS_INLINE void store(T* to, Vec<T> x) {
 
 template <class T>
 BERTOPS_INLINE Vec<T> broadcast(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // not 0 + x, which is no identity for -0 and costs an addition
 }
 
 BERTOPS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
