@@ -15,7 +15,7 @@ MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 FMA_STEPS = 100_000
 EXP_STEPS = {"cpu": 10_000, "cuda": 20_000}
 CALLS = 1000
-BUDGET_S = 0.1  # a limit and time; measured again with every op, the best counts
+BUDGET_S = 0.1  # a limit and time; measured again throughout the run, the best counts
 
 
 @dataclass(frozen=True)
