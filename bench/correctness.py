@@ -67,6 +67,7 @@ def loss_truth(
     """
     rows = truth(reference, names, inputs.pick(part), [part(upstream)], gradients)
     part_rows = rows.oracle[0]
+    assert part_rows is not None
     loss = None
     if upstream.shape[:2].numel() * inputs.length**2 <= LOSS_PAIRS:
         all_rows = run_in_groups(reference, inputs, [], False, torch.float64)[0]
@@ -112,9 +113,10 @@ def wrong(results: Sequence[Tensor], expected: Truth, inputs: Inputs) -> str | N
     counts as no more exact than the dtype of its inputs.
     """
     for place, (name, result) in enumerate(zip(expected.names, results, strict=False)):
-        compared = [result, expected.oracle[place], *(eager[place] for eager in expected.eagers)]
-        if compared[1] is None:
+        exact = expected.oracle[place]
+        if exact is None:
             continue
+        compared = [result, exact, *(eager[place] for eager in expected.eagers)]
         if name == "out" and inputs.mask is not None:
             compared = [x.masked_fill(~inputs.mask[:, None, :, None], 0.0) for x in compared]
         if name == "loss":

@@ -180,10 +180,12 @@ def comparison_table(comparison: dict[str, Any]) -> str:
 
 def html_table(title: str, rows: Sequence[Sequence[str]], kinds: Sequence[str] = ()) -> str:
     """``kinds``: the class of every row but the first, which is the head."""
-    head, *body = ([html.escape(cell) for cell in row] for row in rows)
+    escaped = [[html.escape(cell) for cell in row] for row in rows]
+    head, body = escaped[0], escaped[1:]
     lines = [f"<table><caption>{html.escape(title)}</caption><tr>{''.join(f'<th>{cell}' for cell in head)}"]
-    for kind, (first, *others) in zip_longest(kinds, body, fillvalue=""):
-        lines.append(f'<tr class="{kind}"><td>{first}{"".join(f"<td class=n>{cell}" for cell in others)}')
+    for row, kind in zip_longest(body, kinds, fillvalue=""):
+        figures = "".join(f"<td class=n>{cell}" for cell in row[1:])
+        lines.append(f'<tr class="{kind}"><td>{row[0]}{figures}')
     return "".join(lines) + "</table>"
 
 
