@@ -27,9 +27,15 @@ or_fail := || [ $$? -eq 5 ] || failed=1
 .PHONY: test bench demo lint cuda-check gpu-check clean
 .DELETE_ON_ERROR:
 
+# Both runs at once: most of either keeps one core busy.
 test: $(VENV)/.built
+	@log=$$(mktemp); \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -k triton -m "not long" $(TRITON_TESTS) $(ARGS) > $$log 2>&1 & \
+	interpreted=$$!; \
 	$(PY) -m pytest $(ARGS) $(or_fail); \
-	TRITON_INTERPRET=1 $(PY) -m pytest -k triton -m "not long" $(TRITON_TESTS) $(ARGS) $(or_fail); \
+	echo "== Triton kernels under the interpreter"; \
+	wait $$interpreted $(or_fail); \
+	cat $$log; rm $$log; \
 	exit $${failed:-0}
 
 bench: ARGS ?= --quick
