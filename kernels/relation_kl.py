@@ -57,8 +57,8 @@ def relation_kl_bwd_kernel(
     SYMMETRIC: tl.constexpr,
 ):
     # dX_i = gain * sum_j (g_i gap_ij + g_j gap_ji) X_j: as S and T are symmetric, gap_ji comes from the tile
-    # of gap_ij with the lse of its columns. A GPU sums X_i X_j and X_j X_i alike; the interpreter's BLAS is not
-    # SYMMETRIC, and of scores of 1e4 the last bit is 0.1% of a probability.
+    # of gap_ij with the lse of its columns. A GPU sums X_i X_j and X_j X_i alike, the interpreter's BLAS does
+    # not (SYMMETRIC), and of scores of 1e4 the last bit is 0.1% of a probability.
     batch, head, _, origin, length, first = find_block(cu_seqlens, N, H, num_sequences, BLOCK_M)
     if mask is not None:
         mask += tl.cast(batch, tl.int64) * N
