@@ -68,11 +68,12 @@ inline void scale_columns(int64_t keys, int64_t columns, const T* factor, T* til
   }
 }
 
+// The factor of all rows: d (A - B)^2 = 2 (A - B), times the gradient of a row where there is one.
 template <class T>
 inline void store_key_grads(const ScoreMSE& p, const HeadTask& task, const T* dk) {
   const int64_t width_s = round_up(p.head_dim_s, kLanes<T>);
   for (int64_t i = 0; i < task.sequence->count; ++i) {
-    store_head_row(dk + i * width_s, T(1), p.dk, *task.sequence, task.head, i, p.head_dim_s);
+    store_head_row(dk + i * width_s, T(2), p.dk, *task.sequence, task.head, i, p.head_dim_s);
   }
 }
 
@@ -123,19 +124,18 @@ void direct_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
       load_p_row(p, task, first + i, width, p_rows + i * width, width_s, q_rows + i * width_s);
     }
     to_lanes(p_rows, queries, width, lanes);
-    fill(row_sums, kQueryBlock, T(0));
-    fill(row_grads, kQueryBlock, T(2));
+    fill(row_sums, 2 * kQueryBlock, T(0));  // and row_grads, of the queries that are not there
     fill(dq, width_s * kQueryBlock, T(0));
     for (int64_t i = 0; p.grad_rows.data != nullptr && i < queries; ++i) {
       const int64_t at = row_offset(p.grad_rows, sequence, head, first + i);
-      load_as(p.grad_rows.dtype, p.grad_rows.data, at, 1, 1, 1, T(2), row_grads + i);
+      load_as(p.grad_rows.dtype, p.grad_rows.data, at, 1, 1, 1, T(1), row_grads + i);
     }
     for (int64_t key = 0; key < count; key += kKeyBlock) {
       const int64_t end = min_of(key + kKeyBlock, count), keys = end - key;
       scores_tile(r, key, end, pair_dim(p), width, lanes, columns, tile);
       if (with_rows) add_squares(keys, columns, tile, row_sums);
       if (!with_grads) continue;
-      scale_columns(keys, columns, row_grads, tile);
+      if (p.grad_rows.data != nullptr) scale_columns(keys, columns, row_grads, tile);
       add_to_rows(tile, keys, queries, q_rows, width_s, dk + key * width_s);
       add_to_lanes(k_rows + key * width_s, keys, width_s, tile, columns, dq);
     }
@@ -143,7 +143,7 @@ void direct_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
     for (int64_t i = 0; i < queries; ++i) {
       if (with_rows) sums[sequence.position[first + i]] = row_sums[i];
       if (with_grads) {
-        store_head_row(q_rows + i * width_s, static_cast<T>(p.scale_s), p.dq, sequence, head, first + i,
+        store_head_row(q_rows + i * width_s, static_cast<T>(2 * p.scale_s), p.dq, sequence, head, first + i,
                        p.head_dim_s);
       }
     }
