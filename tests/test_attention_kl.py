@@ -115,6 +115,23 @@ def test_scores_of_ten_thousand(op, kernel):
             assert error <= 2 * allowed + 1e-5 * oracle[name].norm(), name
 
 
+@pytest.mark.parametrize("op", ["attention_kl", "relation_kl"])
+def test_masked_scores_far_above_the_others(op, kernel):
+    """Masked keys come as 0: where every real score is -500, their exponential would be infinite."""
+    impl, device = kernel
+    inputs, options = Case(length=50, padding="holes").inputs(device)
+    offsets = (8.0, -8.0) if op == "attention_kl" else (8.0, 8.0)
+    inputs = [x.detach() + offsets[i % 2] for i, x in enumerate(inputs)]
+    inputs = [x.requires_grad_(i < 2) for i, x in enumerate(inputs)]
+    sign = 2.0 if op == "attention_kl" else -2.0
+    options |= {"scale_s": 0.25 * sign, "scale_t": 0.25 * sign}
+    actual = run(op, inputs, options, impl)
+    on_cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    oracle = run(op, [x.detach().cpu() for x in inputs], on_cpu, "reference", torch.float64)
+    for name, exact in oracle.items():
+        assert (actual[name].cpu() - exact).norm() <= 1e-4 * exact.norm(), name
+
+
 def test_is_torch_kl_div(kernel):
     impl, device = kernel
     q_s, k_s, q_t, k_t = Case(length=20).inputs(device)[0]

@@ -18,6 +18,7 @@ CASES = [
     Case(length=70, head_dim=26, head_dim_t=7, padding="holes"),
     *(Case(length=40, padding=kind) for kind in ("right", "left", "nothing", "one row empty")),
     Case(batch=1, length=64, lengths=(20, 1, 0, 43)),
+    pytest.param(Case(batch=1, heads=1, length=600, lengths=(290, 0, 300, 10)), marks=pytest.mark.long),
     Case(length=50, packed_projection=True, padding="right", reduction="sum"),
     Case(length=37, options={"scale_s": 0.5, "scale_t": -0.3}),
     *(Case(length=65, head_dim=32, dtype=dtype, padding="right") for dtype in HALF),

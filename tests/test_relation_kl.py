@@ -60,6 +60,17 @@ def test_a_packed_projection_is_split_without_a_copy():
         assert split.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
 
 
+def test_three_relations_of_a_packed_projection_in_one_call():
+    qkv_s, qkv_t = torch.randn(2, 20, 3 * 48, requires_grad=True), torch.randn(2, 20, 3 * 96)
+    each = [x.unflatten(-1, (3, 12, -1)).permute(2, 0, 3, 1, 4) for x in (qkv_s, qkv_t)]
+    three = sum(bertops.relation_kl(x_s, x_t) for x_s, x_t in zip(*each, strict=True))
+    together = [x.unflatten(-1, (36, -1)).transpose(1, 2) for x in (qkv_s, qkv_t)]
+    one = 3 * bertops.relation_kl(*together)
+    torch.testing.assert_close(one, three)
+    got, want = torch.autograd.grad(one, qkv_s), torch.autograd.grad(three, qkv_s)
+    torch.testing.assert_close(got, want)
+
+
 def test_is_attention_kl_of_a_model_with_itself(kernel):
     impl, device = kernel
     inputs, options = Case(length=70, head_dim=32, head_dim_t=16, padding="holes").inputs(device)

@@ -64,6 +64,10 @@ def relation_kl(
             grad does not.
         RuntimeError: no kernel for this device, or the chosen ``impl`` is not available; says why.
 
+    MiniLMv2's three relations of a packed (B, N, 3 * H * D) projection are one call over three times as many
+    heads, ``relation_kl(qkv.unflatten(-1, (3 * A, -1)).transpose(1, 2), ...)``, whose mean is a third of
+    their sum; on short sequences that is faster than three calls.
+
     ``mean`` is MiniLM's :math:`L_{VR}` and one term of MiniLMv2's loss, whose three relations have weight 1
     each. Their training code was never published.
 
