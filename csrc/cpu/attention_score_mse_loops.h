@@ -110,8 +110,8 @@ void direct_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
   T* q_rows = scratch.take(kQueryBlock * width_s);
   T* dq = scratch.take(kQueryBlock * width_s);  // (width_s, queries)
   T* tile = scratch.take(kKeyBlock * kQueryBlock);
-  T* row_sums = scratch.take(kQueryBlock);
-  T* row_grads = scratch.take(kQueryBlock);
+  T* rows_of_block = scratch.take(2 * kQueryBlock);
+  T *row_sums = rows_of_block, *row_grads = rows_of_block + kQueryBlock;
 
   fill_panels(count, width, few_rows, r, [&](int64_t i, T* to) { load_r_row(p, task, i, width, to); });
   if (with_grads) {
@@ -124,7 +124,7 @@ void direct_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
       load_p_row(p, task, first + i, width, p_rows + i * width, width_s, q_rows + i * width_s);
     }
     to_lanes(p_rows, queries, width, lanes);
-    fill(row_sums, 2 * kQueryBlock, T(0));  // and row_grads, of the queries that are not there
+    fill(rows_of_block, 2 * kQueryBlock, T(0));
     fill(dq, width_s * kQueryBlock, T(0));
     for (int64_t i = 0; p.grad_rows.data != nullptr && i < queries; ++i) {
       const int64_t at = row_offset(p.grad_rows, sequence, head, first + i);

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kElementsPerTask = int64_t{1} << 16;
 
-// `saved` is dense, in any order of its axes, and so is the result.
+// `saved` is (B, H, N, D) over dense (B, N, H, D) memory, and so is the result.
 Tensor scale_grad(const Tensor& saved, const Tensor& factor, ScalarType dtype) {
   const DType type = dtype_of(saved.scalar_type());
   STD_TORCH_CHECK(factor.numel() == 1 && factor.scalar_type() == saved.scalar_type(),
