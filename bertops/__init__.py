@@ -7,16 +7,24 @@ from bertops.ops.attention import attention
 from bertops.ops.attention_kl import attention_kl
 from bertops.ops.attention_score_mse import attention_score_mse
 from bertops.ops.attention_with_scores import attention_with_scores
+from bertops.ops.compact import compact, compact_packed
+from bertops.ops.entropy import entropy
+from bertops.ops.exit_decision import ExitDecision, exit_decision
 from bertops.ops.relation_kl import relation_kl
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExitDecision",
     "attention",
     "attention_kl",
     "attention_score_mse",
     "attention_with_scores",
     "capture",
+    "compact",
+    "compact_packed",
+    "entropy",
+    "exit_decision",
     "nn",
     "relation_kl",
     "use_impl",

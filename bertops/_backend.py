@@ -18,6 +18,10 @@ IMPLEMENTATIONS = {
     "attention_score_mse": ("cpu", "triton", "reference"),
     "attention_kl": ("cpu", "triton", "reference"),
     "relation_kl": ("cpu", "triton", "reference"),
+    "entropy": ("cpu", "cuda", "reference"),
+    "exit_decision": ("cpu", "cuda", "reference"),
+    "compact": ("cpu", "cuda", "reference"),
+    "compact_packed": ("cpu", "cuda", "reference"),
 }
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

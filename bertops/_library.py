@@ -163,6 +163,53 @@ def _(saved, factor, dtype):
     return rows_first(saved).to(dtype)
 
 
+# Early exit: logits are (B, C), what comes out has an entry for every row.
+_define("entropy_fwd(Tensor logits, bool normalize) -> Tensor")
+_define("entropy_bwd(Tensor grad, Tensor logits, bool normalize) -> Tensor")
+_define(
+    "exit_decision(Tensor logits, float threshold, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_define("compact(Tensor hidden, Tensor order, Tensor? num_kept) -> Tensor")
+_define(
+    "compact_packed(Tensor hidden, Tensor cu_seqlens, Tensor order, SymInt num_tokens) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("bertops::entropy_fwd")
+def _(logits, normalize):
+    return logits.new_empty(logits.shape[:1], dtype=accumulator_dtype(logits.dtype))
+
+
+@torch.library.register_fake("bertops::entropy_bwd")
+def _(grad, logits, normalize):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("bertops::exit_decision")
+def _(logits, threshold, normalize):
+    rows = logits.shape[:1]
+    return (
+        logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows, dtype=accumulator_dtype(logits.dtype)),
+        logits.new_empty(rows, dtype=torch.bool),
+        logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty((), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("bertops::compact")
+def _(hidden, order, num_kept):
+    return hidden.new_empty((order.shape[0], *hidden.shape[1:]))
+
+
+@torch.library.register_fake("bertops::compact_packed")
+def _(hidden, cu_seqlens, order, num_tokens):
+    return (
+        hidden.new_empty((1, num_tokens, *hidden.shape[2:])),
+        cu_seqlens.new_empty((order.shape[0] + 1,)),
+    )
+
+
 # What the machine can do at most, for the bench: work on every thread of the device of ``like`` and count it.
 _define("_limits_fma(Tensor like, int steps) -> (Tensor, int)")
 _define("_limits_exp(Tensor like, int steps) -> (Tensor, int)")

@@ -58,6 +58,51 @@ def attention_score_mse(q_s, k_s, q_t, k_t, mask=None, cu_seqlens=None, scale_s=
     return torch.where(pairs, scores_s - scores_t, 0.0).square().sum(-1)
 
 
+def entropy(logits, normalize=False):
+    """Returns the entropy (B,) of softmax(logits) (B, C), in nats or as a share of ln C; see the public op."""
+    log_probs = logits.to(accumulator_dtype(logits.dtype)).log_softmax(-1)
+    probs = log_probs.exp()
+    # a class of probability 0 adds 0; its logarithm would make that NaN, also in the gradient
+    nats = -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(-1)
+    return nats / entropy_unit(logits.shape[1]) if normalize else nats
+
+
+def entropy_unit(classes: int) -> float:
+    """The largest entropy, ln C; 1 for a single class, whose entropy is 0 in any unit."""
+    return math.log(classes) if classes > 1 else 1.0
+
+
+def exit_decision(logits, threshold, normalize=True):
+    """Returns prediction, uncertainty, exited, order (B,) and num_kept (); see the public op."""
+    largest = 1.0 if normalize else math.log(logits.shape[1])
+    uncertainty = entropy(logits, normalize).clamp(0.0, largest)
+    exited = uncertainty <= threshold
+    return (
+        logits.argmax(-1),
+        uncertainty,
+        exited,
+        exited.to(torch.uint8).argsort(stable=True),
+        (~exited).sum(),
+    )
+
+
+def compact(hidden, order, num_kept=None):
+    """Returns hidden[order], 0 from row num_kept on; see the public op."""
+    rows = hidden.index_select(0, order)
+    if num_kept is None:
+        return rows
+    left = torch.arange(len(order), device=order.device) >= num_kept
+    return rows.masked_fill(left.view(-1, *(1,) * (hidden.dim() - 1)), 0)
+
+
+def compact_packed(hidden, cu_seqlens, order, num_tokens):
+    """Returns the sequences in that order end to end (1, T', ...) and their offsets; see the public op."""
+    lengths = cu_seqlens.diff()[order]
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+    sequence, position = sequence_positions(num_tokens, offsets)
+    return hidden[:, cu_seqlens[order][sequence] + position], offsets
+
+
 def _scores(q, k, mask, scale):
     """(B, H, N, N), before softmax, in the dtype of losses."""
     if scale is None:

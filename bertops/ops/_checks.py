@@ -25,13 +25,17 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 def check_heads(name: str, x: Tensor) -> None:
     """``x`` is (B, H, N, D), with a supported dtype and head dim."""
     check_four_dims(name, x)
-    dtype, head_dim = x.dtype, x.shape[3]
-    if dtype not in DTYPES or (dtype == torch.float64 and x.device.type != "cpu"):
+    check_dtype(name, x)
+    head_dim = x.shape[3]
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{name} must have a head dim from 1 to {MAX_HEAD_DIM}, got {describe(x)}")
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES or (x.dtype == torch.float64 and x.device.type != "cpu"):
         raise TypeError(
             f"{name} must be float32, bfloat16 or float16 (float64 on CPU only), got {describe(x)}"
         )
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"{name} must have a head dim from 1 to {MAX_HEAD_DIM}, got {describe(x)}")
 
 
 def check_four_dims(name: str, x: Tensor) -> None:
@@ -62,7 +66,7 @@ def check_rows(mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Ten
     if mask is not None:
         return _check_mask(mask, x)
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, x)
+        check_cu_seqlens(cu_seqlens, x)
     return None
 
 
@@ -81,7 +85,8 @@ def _check_mask(mask: Tensor, x: Tensor) -> Tensor:
     return mask != 0
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, dim: int = 2) -> None:
+    """Offsets of sequences laid end to end along ``dim`` of ``x``, whose first size is 1."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be an int32 tensor, got {describe(cu_seqlens)}")
     if x.shape[0] != 1:
@@ -95,9 +100,9 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
     # The values are on the host already on a CPU; elsewhere reading them would synchronise.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != x.shape[2]:
+        if offsets[0] != 0 or offsets[-1] != x.shape[dim]:
             raise ValueError(
-                f"cu_seqlens must start with 0 and end with the token count {x.shape[2]}, "
+                f"cu_seqlens must start with 0 and end with the token count {x.shape[dim]}, "
                 f"got {offsets[0]} to {offsets[-1]} in shape {tuple(cu_seqlens.shape)}"
             )
         if any(b < a for a, b in pairwise(offsets)):
