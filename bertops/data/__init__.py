@@ -1,5 +1,6 @@
-"""Host side of the data path: numpy in, numpy out, no torch."""
+"""Host side of the data path: files and numpy in, lists and numpy out, no torch."""
 
 from bertops.data.packing import PackedBatch, Unpadded, pack, unpad
+from bertops.data.tsv import LabelledTexts, read_tsv
 
-__all__ = ["PackedBatch", "Unpadded", "pack", "unpad"]
+__all__ = ["LabelledTexts", "PackedBatch", "Unpadded", "pack", "read_tsv", "unpad"]
