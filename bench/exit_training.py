@@ -10,11 +10,13 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from bench.real import model_folder
 from bertops.data import pack, read_tsv
-from bertops.models import BertModel, FastBert
+from bertops.distill.self_distillation import self_distillation_loss
+from bertops.models import BertModel, FastBert, FastBertOutput
 
 MAX_TOKENS = 128  # of a row; the longer ones are cut
 MIN_WORDS = 8  # of a row of the selection set
@@ -110,53 +112,78 @@ def split(texts: Sequence[str], held_out: int) -> tuple[list[int], list[int]]:
     return selected, [i for i in order if bounded[i] not in seen]
 
 
-Loss = Callable[
-    [Tensor, Tensor, Tensor, NDArray[np.int64]], Tensor
-]  # input_ids, cu_seqlens, labels, row numbers
+@dataclass(frozen=True)
+class Recipe:
+    """How the models are trained; rates are AdamW's peaks, batches are texts."""
+
+    epochs: float = 1.0
+    batch: int = 64
+    learning_rate: float = 1e-4
+    student_epochs: float = 1.0
+    student_learning_rate: float = 5e-4
+    bfloat16: bool = True
+
+    def train(self, title: str, model: FastBert, rows: Rows, seed: int, stage: str) -> None:
+        """Warmed up and decayed linearly, over shuffled packed batches."""
+        torch.manual_seed(seed)
+        generator = np.random.default_rng(seed)
+        loss_of, students = LOSSES[stage], stage == "students"
+        epochs = self.student_epochs if students else self.epochs
+        rate = self.student_learning_rate if students else self.learning_rate
+        steps = max(1, math.ceil(epochs * len(rows) / self.batch))
+        warmup = max(1, round(WARMUP * steps))
+        if students:
+            model.freeze()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+        )
+        order = np.concatenate([generator.permutation(len(rows)) for _ in range(math.ceil(epochs))])
+        bar = tqdm(range(steps), desc=title, unit="step", dynamic_ncols=True, mininterval=1.0)
+        model.train()
+        shown = 0.0
+        for step in bar:
+            index = order[step * self.batch : (step + 1) * self.batch]
+            input_ids, cu_seqlens, labels = rows.take(index).packed()
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+                output = model(input_ids, cu_seqlens=cu_seqlens)
+            loss = loss_of(output, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+            optimizer.step()
+            schedule.step()
+            shown += (loss.item() - shown) * max(0.02, 1 / (step + 1))
+            bar.set_postfix(loss=f"{shown:.3f}", refresh=False)
+        model.eval()
+
+
+def loss_of_full(output: FastBertOutput, labels: Tensor) -> Tensor:
+    return F.cross_entropy(output.logits.float(), labels)
+
+
+def loss_of_exits(output: FastBertOutput, labels: Tensor) -> Tensor:
+    return torch.stack(
+        [F.cross_entropy(z.float(), labels) for z in (*output.student_logits, output.logits)]
+    ).sum()
+
+
+def loss_of_students(output: FastBertOutput, labels: Tensor) -> Tensor:
+    return self_distillation_loss(output)
+
+
+# with exits every classifier learns the labels first, before the students learn from the teacher
+LOSSES: dict[str, Callable[[FastBertOutput, Tensor], Tensor]] = {
+    "full": loss_of_full,
+    "exits": loss_of_exits,
+    "students": loss_of_students,
+}
 
 
 def new_model(num_labels: int, seed: int) -> FastBert:
-    """all-MiniLM-L6-v2 and new classifiers."""
+    """all-MiniLM-L6-v2 with new classifiers; its embeddings stay as they are."""
     torch.manual_seed(seed)
     encoder = BertModel.from_pretrained(model_folder(None), pooler=False)
     encoder.embeddings.requires_grad_(False)
     return FastBert(encoder, num_labels)
-
-
-def train(
-    title: str,
-    parameters: Sequence[torch.nn.Parameter],
-    rows: Rows,
-    loss_of: Loss,
-    *,
-    epochs: float,
-    batch: int,
-    learning_rate: float,
-    seed: int,
-    autocast: bool,
-) -> float:
-    """AdamW, warmed up and decayed linearly, on shuffled packed batches; returns the seconds it took."""
-    torch.manual_seed(seed)
-    generator = np.random.default_rng(seed)
-    steps = max(1, math.ceil(epochs * len(rows) / batch))
-    warmup = max(1, round(WARMUP * steps))
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-    )
-    order = np.concatenate([generator.permutation(len(rows)) for _ in range(math.ceil(epochs))])
-    bar = tqdm(range(steps), desc=title, unit="step", dynamic_ncols=True)
-    shown = 0.0
-    for step in bar:
-        index = order[step * batch : (step + 1) * batch]
-        input_ids, cu_seqlens, labels = rows.take(index).packed()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = loss_of(input_ids, cu_seqlens, labels, index)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        schedule.step()
-        shown += (loss.item() - shown) * max(0.02, 1 / (step + 1))
-        bar.set_postfix(loss=f"{shown:.3f}")
-    return bar.format_dict["elapsed"]

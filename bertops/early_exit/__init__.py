@@ -1,6 +1,22 @@
 """Inference that stops for every sample where it is certain enough."""
 
+from bertops.early_exit.calibration import Calibration, CalibrationPoint, calibrate_speed, plot_calibration
 from bertops.early_exit.criteria import Criterion, Entropy, NormalizedEntropy, Patience
+from bertops.early_exit.flops import classifier_flops, exit_flops, full_flops, layer_flops
 from bertops.early_exit.runtime import ExitOutput
 
-__all__ = ["Criterion", "Entropy", "ExitOutput", "NormalizedEntropy", "Patience"]
+__all__ = [
+    "Calibration",
+    "CalibrationPoint",
+    "Criterion",
+    "Entropy",
+    "ExitOutput",
+    "NormalizedEntropy",
+    "Patience",
+    "calibrate_speed",
+    "classifier_flops",
+    "exit_flops",
+    "full_flops",
+    "layer_flops",
+    "plot_calibration",
+]

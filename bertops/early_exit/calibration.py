@@ -9,14 +9,17 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from bertops.early_exit.criteria import Criterion, NormalizedEntropy
-from bertops.models.fastbert import FastBert
 from torch import Tensor
 
+from bertops.early_exit.criteria import Criterion, NormalizedEntropy
 from bertops.early_exit.flops import exit_flops, full_flops
 from bertops.ops.exit_decision import exit_decision
+
+if TYPE_CHECKING:
+    from bertops.models.fastbert import FastBert
 
 SPEEDS = tuple(round((i / 100) ** 2, 4) for i in range(101))  # dense near 0: trained models are certain
 TIMED, ROUNDS = 8, 5
@@ -52,7 +55,7 @@ class Calibration:
 
 
 def calibrate_speed(
-    model: FastBert,
+    model: "FastBert",
     dev: Iterable[Batch],
     *,
     max_accuracy_drop: float | None = None,
@@ -137,7 +140,7 @@ def check_batch(index: int, batch: Batch, num_labels: int) -> Batch:
 class Recording:
     """The logits of every layer on all batches, and what a criterion makes of them."""
 
-    def __init__(self, model: FastBert, batches: Sequence[Batch]) -> None:
+    def __init__(self, model: "FastBert", batches: Sequence[Batch]) -> None:
         start = time.perf_counter()
         outputs = []
         with torch.inference_mode():
@@ -194,7 +197,7 @@ class Stopwatch:
 
     def __init__(
         self,
-        model: FastBert,
+        model: "FastBert",
         batches: Sequence[Batch],
         criterion: Callable[[float], Criterion],
         seconds: float,
@@ -246,8 +249,8 @@ def fastest_that_keeps(accuracy: float, points: Sequence[CalibrationPoint]) -> f
     if not kept:
         best = max(points, key=lambda p: p.accuracy)
         raise ValueError(
-            f"an accuracy of {accuracy:.4f} is out of reach: the most accurate candidate, {best.speed:g}, has "
-            f"{best.accuracy:.4f} with a mean exit layer of {best.mean_exit_layer:.2f}"
+            f"an accuracy of {accuracy:.4f} is out of reach: the most accurate candidate, {best.speed:g}, "
+            f"has {best.accuracy:.4f} with a mean exit layer of {best.mean_exit_layer:.2f}"
         )
     return max(kept, key=lambda p: p.flops_speedup).speed
 
@@ -261,9 +264,9 @@ def first_that_reaches(target: float, points: Sequence[CalibrationPoint], stopwa
         if reached is None:
             _, measured, fastest = max(timed, key=lambda t: t[1])
             raise ValueError(
-                f"target_speedup {target:g} is out of reach: the fastest candidate, {fastest:g}, was measured at "
-                f"{measured:.2f}, with accuracy {point_of[fastest].accuracy:.4f} and a mean exit layer of "
-                f"{point_of[fastest].mean_exit_layer:.2f}"
+                f"target_speedup {target:g} is out of reach: the fastest candidate, {fastest:g}, was "
+                f"measured at {measured:.2f}, with accuracy {point_of[fastest].accuracy:.4f} and a mean "
+                f"exit layer of {point_of[fastest].mean_exit_layer:.2f}"
             )
         high_flops, high, _ = timed[reached]
         if reached == 0:

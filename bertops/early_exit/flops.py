@@ -1,10 +1,14 @@
 """What layers and exit classifiers cost, counted; a multiplication with its addition is two FLOPs."""
 
-from bertops.models.fastbert import FastBert
+from typing import TYPE_CHECKING
+
 from torch import nn
 
+if TYPE_CHECKING:
+    from bertops.models.fastbert import FastBert
 
-def layer_flops(model: FastBert, layer: int, length: int) -> int:
+
+def layer_flops(model: "FastBert", layer: int, length: int) -> int:
     """FLOPs of an encoder layer, counted from 1, on a sequence of ``length`` tokens.
 
     Its linear layers and the two products of attention: 1862 M for a layer of BERT-base at 128 tokens.
@@ -15,11 +19,11 @@ def layer_flops(model: FastBert, layer: int, length: int) -> int:
     return 2 * length * weights + 4 * length**2 * model.encoder.config.hidden_size
 
 
-def classifier_flops(model: FastBert, length: int) -> int:
+def classifier_flops(model: "FastBert", length: int) -> int:
     """FLOPs of one exit classifier on a sequence of ``length`` tokens.
 
-    Every token is narrowed, gives a score to each head and takes part in its mean: 25.5 M for BERT-base at 128
-    tokens. All else is done for the first token alone.
+    Every token is narrowed, gives a score to each head and takes part in its mean: 25.5 M for BERT-base at
+    128 tokens. All else is done for the first token alone.
     """
     classifier = model.teacher
     width, size, heads = classifier.narrow.in_features, classifier.narrow.out_features, classifier.num_heads
@@ -28,13 +32,13 @@ def classifier_flops(model: FastBert, length: int) -> int:
     return 2 * length * per_token + 2 * first_token
 
 
-def full_flops(model: FastBert, length: int) -> int:
+def full_flops(model: "FastBert", length: int) -> int:
     """FLOPs of every layer and the teacher's classifier: what a model without exits costs."""
     layers = range(1, model.num_layers + 1)
     return sum(layer_flops(model, layer, length) for layer in layers) + classifier_flops(model, length)
 
 
-def exit_flops(model: FastBert, layer: int, length: int) -> int:
+def exit_flops(model: "FastBert", layer: int, length: int) -> int:
     """FLOPs of a sequence that is answered at ``layer``: the layers so far, and a classifier behind each."""
     layers = range(1, layer + 1)
     return sum(layer_flops(model, i, length) for i in layers) + layer * classifier_flops(model, length)
