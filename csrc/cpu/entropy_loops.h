@@ -59,10 +59,20 @@ BERTOPS_INLINE T sum_of(Vec<T> x) {
 template <class T, class S>
 inline void load_block(const S* from, int64_t row_stride, int64_t stride, int64_t rows, int64_t classes,
                        T* block) {
-  for (int64_t row = 0; row < kLanes<T>; ++row) {
-    for (int64_t c = 0; c < classes; ++c) {
-      block[c * kLanes<T> + row] = row < rows ? to_float(from[row * row_stride + c * stride]) : T(0);
+  int64_t done = 0;
+  if constexpr (__is_same(S, T)) {
+    if (stride == 1 && rows == kLanes<T>) {
+      done = classes / kLanes<T> * kLanes<T>;
+      transpose(from, row_stride, rows, done, block, kLanes<T>);
     }
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t c = done; c < classes; ++c) {
+      block[c * kLanes<T> + row] = to_float(from[row * row_stride + c * stride]);
+    }
+  }
+  for (int64_t row = rows; row < kLanes<T>; ++row) {
+    for (int64_t c = done; c < classes; ++c) block[c * kLanes<T> + row] = 0;
   }
 }
 
