@@ -59,7 +59,9 @@ def exit_decision(
     if not 0.0 <= threshold <= largest:
         unit = "the normalized entropy" if normalize else "an entropy in nats"
         raise ValueError(f"threshold must be in [0, {largest:g}], {unit}, got {threshold!r}")
+    if logits.requires_grad:
+        logits = logits.detach()
     backend = _backend.resolve("exit_decision", impl, logits.device)
     if backend == "reference":
-        return ExitDecision(*reference.exit_decision(logits.detach(), threshold, normalize))
+        return ExitDecision(*reference.exit_decision(logits, threshold, normalize))
     return ExitDecision(*_exit_decision(logits, threshold, normalize))
