@@ -20,7 +20,6 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "every other class": lambda x: torch.stack([x, x + 1], -1)[..., 0],
     "transposed": lambda x: x.t().contiguous().t(),
     "one row expanded": lambda x: x[:1].expand(x.shape),
-    "one class expanded": lambda x: x[:, :1].expand(x.shape),
     "one element in": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
 }
 
@@ -43,7 +42,8 @@ CERTAIN = [
     (0.0, 12.0, 1.0),
     (-7.0, 4.5, 60.0),
     (16.5, 0.0, 0.0),
-    (0.0, 80.0, -80.0),
+    (0.0, 80.0, 20.0),
+    (1.0, -85.0, -84.5),
     (1e4, 1e4 - 25.0, 1e4 - 40.0),
 ]
 
