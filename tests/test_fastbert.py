@@ -1,5 +1,8 @@
 """FastBERT: classifiers, the two stages of training, and inference that lets samples go early."""
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -53,7 +56,7 @@ def middle_speed(model, ids, mask):
     logits = torch.cat(model(ids, mask).student_logits)
     entropies = torch.distributions.Categorical(logits=logits).entropy().sort().values
     middle = len(entropies) // 2
-    return float(entropies[middle - 1 : middle + 1].mean() / torch.tensor(float(logits.shape[1])).log())
+    return float(entropies[middle - 1 : middle + 1].mean().detach()) / math.log(logits.shape[1])
 
 
 def expected_exits(model, ids, mask, exits):
@@ -92,7 +95,7 @@ def patience_exits(patience):
 
 
 def multi_head_classifier(classifier):
-    """The same weights in ``torch.nn.MultiheadAttention``, whose keys and values are formed for all tokens."""
+    """The same weights in ``torch.nn.MultiheadAttention``, which forms keys and values of all tokens."""
     size = classifier.query.weight.shape[0]
     attention = torch.nn.MultiheadAttention(size, classifier.num_heads, batch_first=True).to(
         classifier.query.weight
@@ -213,7 +216,7 @@ def test_the_students_learn_what_the_teacher_says():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.2 * losses[0], losses[::10]
 
 
@@ -287,18 +290,18 @@ def test_speed_1_lets_everybody_go_after_the_first_layer():
     model = make_model()
     torch.nn.init.zeros_(model.students[0].classifier.weight)  # the largest entropy there is
     torch.nn.init.zeros_(model.students[0].classifier.bias)
+    ids, mask = make_batch()
+    assert (model.infer(ids, mask, speed=1, capacities=3).exit_layer == 1).all()
     for layer in range(1, LAYERS):
         model.encoder.layers[layer] = torch.nn.Identity()  # cannot be called as a layer
-    for layout in ({}, {"capacities": 3}):
-        output = model.infer(*make_batch(), speed=1, **layout)
-        assert (output.exit_layer == 1).all()
+    assert (model.infer(ids, mask, speed=1).exit_layer == 1).all()
 
 
 def test_exit_layers_fall_with_the_speed():
     model = make_model()
     ids, mask = make_batch()
     layers = [model.infer(ids, mask, speed=speed / 20).exit_layer for speed in range(21)]
-    assert all((later <= sooner).all() for sooner, later in zip(layers, layers[1:], strict=False))
+    assert all((later <= sooner).all() for sooner, later in pairwise(layers))
 
 
 def test_a_sample_with_nan_goes_to_the_end_and_harms_nobody():
@@ -331,6 +334,32 @@ def test_capacities_send_the_last_samples_away():
     torch.testing.assert_close(output.logits[5:], full.student_logits[0][5:], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.logits[:2], full.logits[:2], rtol=1e-4, atol=1e-5)
     assert (model.infer(ids, mask, speed=never_sure, capacities=0).exit_layer == 1).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("capacities", [7, [5, 5, 2]])
+def test_capacities_replay_as_a_cuda_graph(capacities):
+    model = make_model().cuda()
+    ids, mask = (x.cuda() for x in make_batch())
+    speed = middle_speed(model, ids, mask)
+    replayed = {"ids": torch.zeros_like(ids), "mask": torch.ones_like(mask)}
+
+    def infer(ids, mask):
+        return model.infer(ids, mask, speed=speed, capacities=capacities)
+
+    with torch.cuda.stream(torch.cuda.Stream()):  # warms up: compiles the kernels
+        infer(**replayed)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = infer(**replayed)
+    for shift in range(3):
+        replayed["ids"].copy_(ids.roll(shift, 0))
+        replayed["mask"].copy_(mask.roll(shift, 0))
+        graph.replay()
+        expected = infer(**replayed)
+        assert torch.equal(output.exit_layer, expected.exit_layer)
+        assert torch.equal(output.logits, expected.logits)
 
 
 @pytest.mark.parametrize("speed", [0.0, 0.5, 1.0])

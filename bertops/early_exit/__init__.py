@@ -3,6 +3,8 @@
 from bertops.early_exit.calibration import Calibration, CalibrationPoint, calibrate_speed, plot_calibration
 from bertops.early_exit.criteria import Criterion, Entropy, NormalizedEntropy, Patience
 from bertops.early_exit.flops import classifier_flops, exit_flops, full_flops, layer_flops
+from bertops.early_exit.pool import ExitPool, PoolAnswer
+from bertops.early_exit.pool_stats import PoolStats
 from bertops.early_exit.runtime import ExitOutput
 
 __all__ = [
@@ -11,8 +13,11 @@ __all__ = [
     "Criterion",
     "Entropy",
     "ExitOutput",
+    "ExitPool",
     "NormalizedEntropy",
     "Patience",
+    "PoolAnswer",
+    "PoolStats",
     "calibrate_speed",
     "classifier_flops",
     "exit_flops",
