@@ -4,7 +4,7 @@ from bertops.early_exit.calibration import Calibration, CalibrationPoint, calibr
 from bertops.early_exit.criteria import Criterion, Entropy, NormalizedEntropy, Patience
 from bertops.early_exit.flops import classifier_flops, exit_flops, full_flops, layer_flops
 from bertops.early_exit.pool import ExitPool, PoolAnswer
-from bertops.early_exit.pool_stats import PoolStats
+from bertops.early_exit.pool_stats import LayerStats, PoolStats
 from bertops.early_exit.runtime import ExitOutput
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Entropy",
     "ExitOutput",
     "ExitPool",
+    "LayerStats",
     "NormalizedEntropy",
     "Patience",
     "PoolAnswer",
