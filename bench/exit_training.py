@@ -1,9 +1,11 @@
 """Text, its selection set, and the training of the models that :mod:`bench.early_exit` compares."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,11 +56,19 @@ class Rows:
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
         return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(self.labels)
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """input_ids (1, T), cu_seqlens (B + 1,), labels (B,)."""
+    def packed(self) -> "PackedRows":
         batch = pack(self.ids)
-        ids, cu_seqlens = torch.from_numpy(batch.input_ids)[None], torch.from_numpy(batch.cu_seqlens)
-        return ids, cu_seqlens, torch.from_numpy(self.labels)
+        return PackedRows(
+            torch.from_numpy(batch.input_ids)[None],
+            torch.from_numpy(batch.cu_seqlens),
+            torch.from_numpy(self.labels),
+        )
+
+
+class PackedRows(NamedTuple):
+    input_ids: Tensor  # (1, T)
+    cu_seqlens: Tensor  # (B + 1,)
+    labels: Tensor  # (B,)
 
 
 @dataclass(frozen=True)
@@ -114,41 +124,87 @@ def split(texts: Sequence[str], held_out: int) -> tuple[list[int], list[int]]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the models are trained; rates are AdamW's peaks, batches are texts."""
+    """Rates are AdamW's peaks, ``batch`` counts texts, ``epochs`` those of every stage."""
 
     epochs: float = 1.0
     batch: int = 64
     learning_rate: float = 1e-4
-    student_epochs: float = 1.0
-    student_learning_rate: float = 5e-4
+    classifier_rate: float = 5e-4  # where classifiers learn from a model that is trained
     bfloat16: bool = True
 
-    def train(self, title: str, model: FastBert, rows: Rows, seed: int, stage: str) -> None:
-        """Warmed up and decayed linearly, over shuffled packed batches."""
+    def fine_tune(self, title: str, model: FastBert, rows: Rows, seed: int) -> None:
+        """The model without exits: cross entropy of the last classifier."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": parameters, "lr": self.learning_rate}]
+        self.run(
+            f"{title}, full model",
+            model,
+            groups,
+            rows,
+            seed,
+            lambda output, batch: F.cross_entropy(output.logits.float(), batch.labels),
+        )
+
+    def add_exits(self, title: str, model: FastBert, rows: Rows, seed: int) -> None:
+        """A fine-tuned model learns to answer at every layer as it did at the last; labels are not read.
+
+        First the layers and all classifiers learn from the model as it was. FastBERT keeps its twelve layers
+        as they are, but six have no layer to spare: they must learn to classify early. Then, as in FastBERT,
+        all of it stands still but the students, which learn from their teacher.
+        """
+        before = copy.deepcopy(model).eval().requires_grad_(False)
+        classifiers = [*model.students.parameters(), *model.teacher.parameters()]
+        groups = [
+            {"params": [p for p in model.encoder.parameters() if p.requires_grad], "lr": self.learning_rate},
+            {"params": classifiers, "lr": self.classifier_rate},
+        ]
+
+        def loss_of_all(output: FastBertOutput, batch: "PackedRows") -> Tensor:
+            with torch.no_grad():
+                hidden = before.encoder(batch.input_ids, cu_seqlens=batch.cu_seqlens).last_hidden_state
+                target = before.classify(before.num_layers, hidden, cu_seqlens=batch.cu_seqlens)
+            students = (*output.student_logits, output.logits)
+            return self_distillation_loss(FastBertOutput(target, students))
+
+        self.run(f"{title}, exits", model, groups, rows, seed + 100, loss_of_all)
+        model.freeze()
+        groups = [{"params": list(model.students.parameters()), "lr": self.classifier_rate}]
+        self.run(
+            f"{title}, students",
+            model,
+            groups,
+            rows,
+            seed,
+            lambda output, batch: self_distillation_loss(output),
+        )
+
+    def run(
+        self,
+        title: str,
+        model: FastBert,
+        groups: list[dict[str, Any]],
+        rows: Rows,
+        seed: int,
+        loss_of: Callable[[FastBertOutput, "PackedRows"], Tensor],
+    ) -> None:
+        """AdamW, warmed up and decayed linearly, over shuffled packed batches."""
         torch.manual_seed(seed)
         generator = np.random.default_rng(seed)
-        loss_of, students = LOSSES[stage], stage == "students"
-        epochs = self.student_epochs if students else self.epochs
-        rate = self.student_learning_rate if students else self.learning_rate
-        steps = max(1, math.ceil(epochs * len(rows) / self.batch))
+        steps = max(1, math.ceil(self.epochs * len(rows) / self.batch))
         warmup = max(1, round(WARMUP * steps))
-        if students:
-            model.freeze()
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
+        optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         )
-        order = np.concatenate([generator.permutation(len(rows)) for _ in range(math.ceil(epochs))])
+        order = np.concatenate([generator.permutation(len(rows)) for _ in range(math.ceil(self.epochs))])
+        parameters = [p for group in groups for p in group["params"]]
         bar = tqdm(range(steps), desc=title, unit="step", dynamic_ncols=True, mininterval=1.0)
-        model.train()
         shown = 0.0
+        model.train()
         for step in bar:
-            index = order[step * self.batch : (step + 1) * self.batch]
-            input_ids, cu_seqlens, labels = rows.take(index).packed()
+            batch = rows.take(order[step * self.batch : (step + 1) * self.batch]).packed()
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
-                output = model(input_ids, cu_seqlens=cu_seqlens)
-            loss = loss_of(output, labels)
+                loss = loss_of(model(batch.input_ids, cu_seqlens=batch.cu_seqlens), batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -157,28 +213,6 @@ class Recipe:
             shown += (loss.item() - shown) * max(0.02, 1 / (step + 1))
             bar.set_postfix(loss=f"{shown:.3f}", refresh=False)
         model.eval()
-
-
-def loss_of_full(output: FastBertOutput, labels: Tensor) -> Tensor:
-    return F.cross_entropy(output.logits.float(), labels)
-
-
-def loss_of_exits(output: FastBertOutput, labels: Tensor) -> Tensor:
-    return torch.stack(
-        [F.cross_entropy(z.float(), labels) for z in (*output.student_logits, output.logits)]
-    ).sum()
-
-
-def loss_of_students(output: FastBertOutput, labels: Tensor) -> Tensor:
-    return self_distillation_loss(output)
-
-
-# with exits every classifier learns the labels first, before the students learn from the teacher
-LOSSES: dict[str, Callable[[FastBertOutput, Tensor], Tensor]] = {
-    "full": loss_of_full,
-    "exits": loss_of_exits,
-    "students": loss_of_students,
-}
 
 
 def new_model(num_labels: int, seed: int) -> FastBert:

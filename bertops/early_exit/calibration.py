@@ -241,7 +241,8 @@ def spread(points: Sequence[CalibrationPoint]) -> list[float]:
     speedups = [p.flops_speedup for p in points]
     slow, fast = min(speedups), max(speedups)
     wanted = [slow + (fast - slow) * i / (TIMED - 1) for i in range(TIMED)]
-    return [min(points, key=lambda p, w=w: abs(p.flops_speedup - w)).speed for w in wanted]
+    nearest = [min(range(len(points)), key=[abs(x - w) for x in speedups].__getitem__) for w in wanted]
+    return [points[i].speed for i in nearest]
 
 
 def fastest_that_keeps(accuracy: float, points: Sequence[CalibrationPoint]) -> float:
@@ -302,23 +303,16 @@ def plot_calibration(calibration: Calibration, path: str | os.PathLike[str]) -> 
     path = Path(path)
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
-    points = sorted(calibration.points, key=lambda p: p.flops_speedup)
+    points = sorted((p.flops_speedup, 100 * p.accuracy) for p in calibration.points)
     timed = sorted(
-        (p for p in points if p.measured_speedup is not None), key=lambda p: p.measured_speedup or 0
+        (p.measured_speedup, 100 * p.accuracy) for p in calibration.points if p.measured_speedup is not None
     )
-    percent = [100 * p.accuracy for p in points]
-    axes.plot([p.flops_speedup for p in points], percent, color="#9aa5b1", label="FLOPs")
-    axes.plot(
-        [p.measured_speedup for p in timed],
-        [100 * p.accuracy for p in timed],
-        "o-",
-        color="#0b6e4f",
-        markersize=4,
-        label="measured",
-    )
+    axes.plot(*zip(*points, strict=True), color="#9aa5b1", label="FLOPs")
+    if timed:
+        axes.plot(*zip(*timed, strict=True), "o-", color="#0b6e4f", markersize=4, label="measured")
     chosen = calibration.chosen
     axes.plot(
-        [chosen.measured_speedup],
+        [chosen.measured_speedup or chosen.flops_speedup],
         [100 * chosen.accuracy],
         "o",
         color="#0b6e4f",
