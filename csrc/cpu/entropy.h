@@ -3,24 +3,29 @@
 
 #include <cstdint>
 
-#include "cpu/heads.h"
+#include "cpu/dtypes.h"
 #include "cpu/tasks.h"
 
 namespace bertops {
 
 struct EntropyRows {
-  const void* logits;
+  const void* logits;  // (rows, classes); strides in elements
   DType dtype;
   int64_t rows, classes, row_stride, stride;
-  double unit;          // the entropy of a row is given in multiples of 1 / unit nats
-  double top;           // largest uncertainty, or infinity for the entropy as it is
-  void* entropy;        // (rows,) in the compute type
-  int64_t* prediction;  // (rows,) or null
+  double unit;                    // of the entropy in 1 / nats
+  bool bounded;                   // uncertainties, from 0 to the largest entropy
+  void* entropy = nullptr;        // (rows,) in the compute type
+  int64_t* prediction = nullptr;  // (rows,)
+  const void* grad = nullptr;     // of the entropy, in the compute type
+  int64_t grad_stride = 0;
+  void* grad_logits = nullptr;  // (rows, classes), dense, in the dtype of the logits
 
   EntropyRows(const Tensor& logits, bool normalize, bool bounded);
+
+  double largest() const;
 };
 
-// Fills entropy and prediction.
+// Fills entropy and, unless null, prediction; or grad_logits where that is given.
 void entropy_rows(const EntropyRows& p);
 
 }  // namespace bertops

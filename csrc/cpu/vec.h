@@ -1,5 +1,5 @@
-// Vectors of one instruction set: loads, exp2, block transposes. Included once per instruction set, see
-// foreach_isa.h; has no include guard for that reason.
+// Vectors of one instruction set: loads, exponentials, logarithm, block transposes. Included once per instruction
+// set, see foreach_isa.h; has no include guard for that reason.
 namespace bertops::BERTOPS_ISA {
 
 template <class T>
@@ -78,6 +78,47 @@ BERTOPS_INLINE Vec<double> exp2(Vec<double> x) {
   Vec<double> p{};
   for (int lane = 0; lane < kLanes<double>; ++lane) p[lane] = __builtin_exp2(x[lane]);
   return p;
+}
+
+// e^x for x <= 0, with the digits that rounding x log2(e) would lose.
+BERTOPS_INLINE Vec<float> exp(Vec<float> x) {
+  const float log2e = 1.44269504f, remainder = 1.92596299e-8f;
+  const Vec<float> bounded = x < -200.f ? broadcast(-200.f) : x;  // -inf has no difference to itself
+  const Vec<float> y = bounded * log2e;
+  const Vec<float> lost = (bounded * log2e - y) + bounded * remainder;
+  const Vec<float> power = exp2(y);
+  return power + power * (lost * static_cast<float>(kLn2));
+}
+
+BERTOPS_INLINE Vec<double> exp(Vec<double> x) {
+  Vec<double> p{};
+  for (int lane = 0; lane < kLanes<double>; ++lane) p[lane] = __builtin_exp(x[lane]);
+  return p;
+}
+
+// ln(1 + x) for x >= 0 up to 2^24, within 2 units in the last place: 1 + x = 2^k (1 + f) with 1 + f from sqrt(1/2) to
+// sqrt(2), ln(1 + f) = 2 artanh(f / (2 + f)) by its series, and what 1 + x rounded away is added to first order.
+BERTOPS_INLINE Vec<float> log1p(Vec<float> x) {
+  typedef int32_t IntVec __attribute__((vector_size(BERTOPS_VEC_BYTES)));
+  const int32_t sqrt_half = 0x3F3504F3, one = 0x3F800000;
+  const Vec<float> y = x + 1.f;
+  const IntVec bits = reinterpret_cast<IntVec>(y) + (one - sqrt_half);
+  const Vec<float> k = __builtin_convertvector((bits >> 23) - 127, Vec<float>);
+  const IntVec mantissa = (bits & 0x7FFFFF) + sqrt_half;
+  const Vec<float> f = reinterpret_cast<Vec<float>>(mantissa) - 1.f;
+  const Vec<float> s = f / (f + 2.f), z = s * s;
+  Vec<float> series = broadcast(2.f / 9.f);
+  series = series * z + 2.f / 7.f;
+  series = series * z + 2.f / 5.f;
+  series = series * z + 2.f / 3.f;
+  const Vec<float> small = k * -2.12194440e-4f + (s * z * series + (x - (y - 1.f)) / y);
+  return k * 0.693359375f + (s * 2.f + small);
+}
+
+BERTOPS_INLINE Vec<double> log1p(Vec<double> x) {
+  Vec<double> y{};
+  for (int lane = 0; lane < kLanes<double>; ++lane) y[lane] = __builtin_log1p(x[lane]);
+  return y;
 }
 
 template <class T>
