@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
@@ -153,10 +154,9 @@ __device__ __forceinline__ RowSums thread_sums(const T* row, int64_t stride, int
 // Over `lanes` neighbouring threads of a warp; all of them get the result.
 __device__ __forceinline__ RowSums join_lanes(RowSums sums, int lanes) {
   for (int step = lanes / 2; step > 0; step /= 2) {
-    const RowSums other{__shfl_xor_sync(kAllLanes, sums.largest, step),
-                        __shfl_xor_sync(kAllLanes, sums.index, step),
-                        __shfl_xor_sync(kAllLanes, sums.rest, step),
-                        __shfl_xor_sync(kAllLanes, sums.weighted, step)};
+    const RowSums other{
+        __shfl_xor_sync(kAllLanes, sums.largest, step), __shfl_xor_sync(kAllLanes, sums.index, step),
+        __shfl_xor_sync(kAllLanes, sums.rest, step), __shfl_xor_sync(kAllLanes, sums.weighted, step)};
     sums =
         beats(sums.largest, sums.index, other.largest, other.index) ? join(sums, other) : join(other, sums);
   }
@@ -181,15 +181,17 @@ __device__ __forceinline__ RowSums row_sums(const LogitRows& logits, int64_t row
   const T* from = static_cast<const T*>(logits.data) + row * logits.row_stride;
   const int classes = row < logits.rows ? logits.classes : 0;
   const int lane = threadIdx.x % logits.lanes;
-  const RowSums sums = logits.vectors ? thread_sums<T, true>(from, 1, classes, lane, logits.lanes)
-                                      : thread_sums<T, false>(from, logits.stride, classes, lane, logits.lanes);
+  const RowSums sums = logits.vectors
+                           ? thread_sums<T, true>(from, 1, classes, lane, logits.lanes)
+                           : thread_sums<T, false>(from, logits.stride, classes, lane, logits.lanes);
   return logits.lanes > kWarp ? join_block(sums) : join_lanes(sums, logits.lanes);
 }
 
 // ---- Host
 
-// Where a warp would need more than `kPiecesPerLane` steps over a row, a block of up to `block_threads` takes it.
-inline LogitRows logit_rows(const Tensor& logits, bool normalize, int block_threads) {
+// A row that would take a warp more than `kPiecesPerLane` steps is shared by a block: `lanes` threads, for the caller
+// to make fewer.
+inline LogitRows logit_rows(const Tensor& logits, bool normalize) {
   constexpr int kPiecesPerLane = 4;
   const int64_t bytes = logits.element_size(), classes = logits.size(1);
   STD_TORCH_CHECK(classes <= (int64_t{1} << 30), "bertops: logits must have at most 2^30 classes, got ",
@@ -206,10 +208,11 @@ inline LogitRows logit_rows(const Tensor& logits, bool normalize, int block_thre
   const int64_t pieces = ceil_div(classes * bytes, 2 * kVectorBytes);
   p.lanes = 1;
   while (p.lanes < kWarp && p.lanes < pieces) p.lanes *= 2;
-  if (pieces > kPiecesPerLane * kWarp) p.lanes = block_threads;
-  const double largest = classes > 1 ? std::log(static_cast<double>(classes)) : 1;
-  p.unit = static_cast<float>(normalize ? 1 / largest : 1);
-  p.top = static_cast<float>(normalize ? 1 : largest);
+  if (pieces > kPiecesPerLane * kWarp) p.lanes = kMaxThreads;
+  const double largest = std::log(static_cast<double>(classes)),
+               unit = normalize && classes > 1 ? 1 / largest : 1;
+  p.unit = static_cast<float>(unit);
+  p.top = static_cast<float>(largest * unit);
   return p;
 }
 

@@ -50,8 +50,7 @@ void launch(const char* op, const Tensor& like, const Grid& grid, void (*kernel)
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim =
-      static_cast<unsigned>(std::min<int64_t>(grid.blocks, std::numeric_limits<int32_t>::max()));
+  config.gridDim = static_cast<unsigned>(std::min<int64_t>(grid.blocks, std::numeric_limits<int32_t>::max()));
   config.blockDim = static_cast<unsigned>(grid.threads);
   config.stream = current_stream(like);
   config.attrs = &together;
