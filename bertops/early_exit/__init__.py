@@ -1,0 +1,6 @@
+"""Inference that stops for every sample where it is certain enough."""
+
+from bertops.early_exit.criteria import Criterion, Entropy, NormalizedEntropy, Patience
+from bertops.early_exit.runtime import ExitOutput
+
+__all__ = ["Criterion", "Entropy", "ExitOutput", "NormalizedEntropy", "Patience"]
