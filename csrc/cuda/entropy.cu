@@ -24,11 +24,11 @@ template <class T, bool kVectors>
 __device__ __forceinline__ void store_grad(const LogitRows& logits, int64_t row, const RowSums& sums,
                                            float grad, T* to) {
   const T* from = static_cast<const T*>(logits.data) + row * logits.row_stride;
-  for (int first = 0; first < logits.classes; first += logits.lanes * kPiece<T>) {
+  for (int first = 0; first < logits.classes; first += logits.lanes * kPiece) {
     Piece<T, kVectors> piece{first, static_cast<int>(threadIdx.x % logits.lanes), logits.lanes};
     piece.load(from, logits.stride, logits.classes);
 #pragma unroll
-    for (int i = 0; i < kPiece<T>; ++i) {
+    for (int i = 0; i < kPiece; ++i) {
       const cuda::EntropyTerm<float> term = cuda::entropy_term(piece.z[i] - sums.largest);
       piece.z[i] = grad * cuda::entropy_grad(term, sums.largest, sums.rest, sums.weighted);
     }
@@ -57,10 +57,10 @@ __global__ void __launch_bounds__(kMaxThreads)
 // ---- kernel launchers
 
 // A block that has a row for itself has no more threads than pieces.
-Grid grid_of(LogitRows& logits, int64_t element_size) {
-  const int64_t pieces = ceil_div(logits.classes * element_size, 2 * kVectorBytes);
+Grid grid_of(LogitRows& logits) {
   if (logits.lanes > kWarp) {
-    logits.lanes = static_cast<int>(std::min<int64_t>(kMaxThreads, ceil_div(pieces, kWarp) * kWarp));
+    logits.lanes =
+        static_cast<int>(std::min<int64_t>(kMaxThreads, ceil_div(logits.classes, kPiece * kWarp) * kWarp));
     return {logits.rows, logits.lanes};
   }
   return {ceil_div(logits.rows, kThreads / logits.lanes), kThreads};
@@ -73,8 +73,7 @@ Tensor entropy_fwd(const Tensor& logits, bool normalize) {
   if (p.rows == 0) return entropy;
   with_logit_type(logits, [&](auto zero) {
     using T = decltype(zero);
-    launch("entropy", logits, grid_of(p, sizeof(T)), entropy_kernel<T>, p,
-           static_cast<float*>(entropy.data_ptr()));
+    launch("entropy", logits, grid_of(p), entropy_kernel<T>, p, static_cast<float*>(entropy.data_ptr()));
   });
   return entropy;
 }
@@ -88,7 +87,7 @@ Tensor entropy_bwd(const Tensor& grad, const Tensor& logits, bool normalize) {
   if (p.rows == 0) return grad_logits;
   with_logit_type(logits, [&](auto zero) {
     using T = decltype(zero);
-    launch("entropy", logits, grid_of(p, sizeof(T)), entropy_grad_kernel<T>, p,
+    launch("entropy", logits, grid_of(p), entropy_grad_kernel<T>, p,
            static_cast<const float*>(grad.data_ptr()), grad.stride(0),
            static_cast<T*>(grad_logits.data_ptr()));
   });

@@ -42,9 +42,7 @@ struct LogitRows {
 
 constexpr int kVectorBytes = 16;
 
-// Elements that a thread holds at once: two vectors.
-template <class T>
-constexpr int kPiece = 2 * kVectorBytes / sizeof(T);
+constexpr int kPiece = 8;  // classes that a thread holds at once: one vector, or two of fp32
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -57,7 +55,7 @@ __device__ __forceinline__ T from_float(float x) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
 }
 
-// kPiece<T> classes of a row from `first` on, interleaved with those of the other lanes so that neighbours read
+// kPiece classes of a row from `first` on, interleaved with those of the other lanes so that neighbours read
 // neighbours: vector by vector, or element by element where rows are not made of vectors.
 template <class T, bool kVectors>
 struct Piece {
@@ -66,7 +64,7 @@ struct Piece {
     T x[kTogether];
   };
   int first, lane, lanes;
-  float z[kPiece<T>];  // -inf past the end
+  float z[kPiece];  // -inf past the end
 
   __device__ __forceinline__ int class_of(int i) const {
     return first + (i / kTogether * lanes + lane) * kTogether + i % kTogether;
@@ -74,7 +72,7 @@ struct Piece {
 
   __device__ __forceinline__ void load(const T* row, int64_t stride, int classes) {
 #pragma unroll
-    for (int i = 0; i < kPiece<T>; i += kTogether) {
+    for (int i = 0; i < kPiece; i += kTogether) {
       if (class_of(i) < classes) {
         const Together from = *reinterpret_cast<const Together*>(row + class_of(i) * (kVectors ? 1 : stride));
 #pragma unroll
@@ -89,7 +87,7 @@ struct Piece {
   // Row of unit stride.
   __device__ __forceinline__ void store(T* row, int classes) const {
 #pragma unroll
-    for (int i = 0; i < kPiece<T>; i += kTogether) {
+    for (int i = 0; i < kPiece; i += kTogether) {
       if (class_of(i) < classes) {
         Together to;
 #pragma unroll
@@ -127,12 +125,12 @@ template <class T, bool kVectors>
 __device__ __forceinline__ RowSums thread_sums(const T* row, int64_t stride, int classes, int lane,
                                                int lanes) {
   RowSums sums{-INFINITY, std::numeric_limits<int>::max(), 0, 0};
-  for (int first = 0; first < classes; first += lanes * kPiece<T>) {
+  for (int first = 0; first < classes; first += lanes * kPiece) {
     Piece<T, kVectors> piece{first, lane, lanes};
     piece.load(row, stride, classes);
     RowSums top{piece.z[0], piece.class_of(0), 0, 0};
 #pragma unroll
-    for (int i = 1; i < kPiece<T>; ++i) {
+    for (int i = 1; i < kPiece; ++i) {
       if (top.largest == top.largest && !(piece.z[i] <= top.largest)) {
         top.largest = piece.z[i];
         top.index = piece.class_of(i);
@@ -141,7 +139,7 @@ __device__ __forceinline__ RowSums thread_sums(const T* row, int64_t stride, int
     if (beats(top.largest, top.index, sums.largest, sums.index)) sums = join(top, sums);
     if (sums.largest == -INFINITY) continue;
 #pragma unroll
-    for (int i = 0; i < kPiece<T>; ++i) {
+    for (int i = 0; i < kPiece; ++i) {
       const cuda::EntropyTerm<float> term = cuda::entropy_term(piece.z[i] - sums.largest);
       const bool counts = piece.class_of(i) != sums.index;
       sums.rest += counts ? term.power : 0;
@@ -192,7 +190,7 @@ __device__ __forceinline__ RowSums row_sums(const LogitRows& logits, int64_t row
 // A row that would take a warp more than `kPiecesPerLane` steps is shared by a block: `lanes` threads, for the caller
 // to make fewer.
 inline LogitRows logit_rows(const Tensor& logits, bool normalize) {
-  constexpr int kPiecesPerLane = 4;
+  constexpr int kPiecesPerLane = 8;
   const int64_t bytes = logits.element_size(), classes = logits.size(1);
   STD_TORCH_CHECK(classes <= (int64_t{1} << 30), "bertops: logits must have at most 2^30 classes, got ",
                   classes);
@@ -205,7 +203,7 @@ inline LogitRows logit_rows(const Tensor& logits, bool normalize) {
   p.vectors = (p.stride == 1 || classes == 1) && classes * bytes % kVectorBytes == 0 &&
               p.row_stride * bytes % kVectorBytes == 0 &&
               reinterpret_cast<uintptr_t>(p.data) % kVectorBytes == 0;
-  const int64_t pieces = ceil_div(classes * bytes, 2 * kVectorBytes);
+  const int64_t pieces = ceil_div(classes, kPiece);
   p.lanes = 1;
   while (p.lanes < kWarp && p.lanes < pieces) p.lanes *= 2;
   if (pieces > kPiecesPerLane * kWarp) p.lanes = kMaxThreads;
