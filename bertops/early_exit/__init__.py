@@ -2,7 +2,7 @@
 
 from bertops.early_exit.criteria import Criterion, Entropy, NormalizedEntropy, Patience
 from bertops.early_exit.pool import ExitPool, PoolAnswer
-from bertops.early_exit.pool_stats import PoolStats
+from bertops.early_exit.pool_stats import LayerStats, PoolStats
 from bertops.early_exit.runtime import ExitOutput
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Entropy",
     "ExitOutput",
     "ExitPool",
+    "LayerStats",
     "NormalizedEntropy",
     "Patience",
     "PoolAnswer",
