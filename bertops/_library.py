@@ -167,7 +167,8 @@ def _(saved, factor, dtype):
 _define("entropy_fwd(Tensor logits, bool normalize) -> Tensor")
 _define("entropy_bwd(Tensor grad, Tensor logits, bool normalize) -> Tensor")
 _define(
-    "exit_decision(Tensor logits, float threshold, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "exit_decision(Tensor logits, float threshold, bool normalize)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _define("compact(Tensor hidden, Tensor order, Tensor? num_kept) -> Tensor")
 _define(

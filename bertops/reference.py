@@ -59,7 +59,7 @@ def attention_score_mse(q_s, k_s, q_t, k_t, mask=None, cu_seqlens=None, scale_s=
 
 
 def entropy(logits, normalize=False):
-    """Returns the entropy (B,) of softmax(logits) (B, C), in nats or as a share of ln C; see the public op."""
+    """Returns the entropy (B,) of softmax(logits) (B, C), in nats or as a share of ln C; see the op."""
     log_probs = logits.to(accumulator_dtype(logits.dtype)).log_softmax(-1)
     probs = log_probs.exp()
     # a class of probability 0 adds 0; its logarithm would make that NaN, also in the gradient

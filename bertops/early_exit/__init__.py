@@ -1,5 +1,18 @@
-"""Early exit: samples leave an encoder at the layer where they are certain."""
+"""Inference that stops for every sample where it is certain enough."""
 
+from bertops.early_exit.criteria import Criterion, Entropy, NormalizedEntropy, Patience
 from bertops.early_exit.pool import ExitPool, PoolAnswer
+from bertops.early_exit.pool_stats import LayerStats, PoolStats
+from bertops.early_exit.runtime import ExitOutput
 
-__all__ = ["ExitPool", "PoolAnswer"]
+__all__ = [
+    "Criterion",
+    "Entropy",
+    "ExitOutput",
+    "ExitPool",
+    "LayerStats",
+    "NormalizedEntropy",
+    "Patience",
+    "PoolAnswer",
+    "PoolStats",
+]

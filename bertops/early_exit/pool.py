@@ -292,7 +292,7 @@ class ExitPool:
 
         answers: list[PoolAnswer | None] = [None] * len(samples)
         if layer == self._model.num_layers or not self._criterion.never:
-            logits = self._model.classify(layer, hidden, cu_seqlens=cu_seqlens)
+            logits = self._model.classify(layer, hidden, cu_seqlens=cu_seqlens, longest=max(lengths))
             decision, state = self._criterion.decide(logits, state)
             answers = self._read_answers(layer, logits, decision, samples)
 

@@ -14,6 +14,7 @@ from bertops.models.bert import (
     HeadOutput,
 )
 from bertops.models.config import BertConfig
+from bertops.models.fastbert import ExitClassifier, FastBert, FastBertOutput
 
 __all__ = [
     "BertConfig",
@@ -21,5 +22,8 @@ __all__ = [
     "BertForSequenceClassification",
     "BertModel",
     "EncoderOutput",
+    "ExitClassifier",
+    "FastBert",
+    "FastBertOutput",
     "HeadOutput",
 ]

@@ -161,11 +161,8 @@ class BertModel(nn.Module):
         if unpad:
             refuse_packed(cu_seqlens)
             return run_unpadded(self, self.config, input_ids, mask, token_type_ids, position_ids, **outputs)
-        check_ids(input_ids, token_type_ids, position_ids)
-        mask = _checks.check_rows(mask, cu_seqlens, input_ids[:, None, :, None])
-        position_ids = self._check_tables(input_ids, token_type_ids, position_ids, cu_seqlens)
-
-        hidden = self.embeddings(input_ids, token_type_ids, position_ids)
+        hidden = self.embed(input_ids, mask, token_type_ids, position_ids, cu_seqlens)
+        mask = None if mask is None else mask != 0
         states, scores = [hidden], []
         for layer in self.layers:
             hidden, layer_scores = layer(hidden, mask, cu_seqlens, output_scores)
@@ -180,6 +177,20 @@ class BertModel(nn.Module):
             hidden_states=tuple(states) if output_hidden_states else None,
             scores=tuple(scores) if output_scores else None,
         )
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Checks the arguments of :meth:`forward`; returns what the first layer takes (B, N, hidden_size)."""
+        check_ids(input_ids, token_type_ids, position_ids)
+        _checks.check_rows(mask, cu_seqlens, input_ids[:, None, :, None])
+        position_ids = self._check_tables(input_ids, token_type_ids, position_ids, cu_seqlens)
+        return self.embeddings(input_ids, token_type_ids, position_ids)
 
     def _check_tables(
         self,
@@ -354,5 +365,5 @@ def initialize(module: nn.Module, config: BertConfig) -> None:
             part.weight[part.padding_idx].zero_()
         if isinstance(part, nn.LayerNorm):
             part.reset_parameters()
-        if isinstance(part, nn.Linear | MaskedLMHead):
+        if isinstance(part, nn.Linear | MaskedLMHead) and part.bias is not None:
             part.bias.zero_()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,41 @@ def first_tokens(hidden: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor 
     return hidden.flatten(0, 1).index_select(0, start).masked_fill(~filled[:, None], 0)
 
 
+class PackedIds(NamedTuple):
+    """The real tokens of a padded batch laid end to end: ids (1, T), offsets (B + 1,)."""
+
+    input_ids: Tensor
+    token_type_ids: Tensor | None
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    indices: Tensor  # (T,): where they stood in the flattened batch
+
+
+def pack_ids(
+    config: BertConfig,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+) -> PackedIds:
+    """Checks and packs a padded batch; reads the number of tokens back from the device."""
+    check_ids(input_ids, token_type_ids, position_ids)
+    batch, length = input_ids.shape
+    mask = _checks.check_rows(mask, None, input_ids[:, None, :, None])
+    if mask is None:
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+    if position_ids is None:
+        position_ids = count_positions(input_ids, config, None)
+    indices = mask.flatten().nonzero().squeeze(1)
+    cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+
+    def pack(ids: Tensor) -> Tensor:
+        return ids.expand(batch, length).flatten().index_select(0, indices)[None]
+
+    token_types = None if token_type_ids is None else pack(token_type_ids)
+    return PackedIds(pack(input_ids), token_types, pack(position_ids), cu_seqlens, indices)
+
+
 def run_unpadded(
     model: Callable[..., Any],
     config: BertConfig,
@@ -102,32 +137,22 @@ def run_unpadded(
         raise ValueError(
             "output_scores does not go with unpad: maps of packed rows span the whole batch; leave unpad out"
         )
-    check_ids(input_ids, token_type_ids, position_ids)
+    packed = pack_ids(config, input_ids, mask, token_type_ids, position_ids)
     batch, length = input_ids.shape
-    mask = _checks.check_rows(mask, None, input_ids[:, None, :, None])
-    if mask is None:
-        mask = torch.ones_like(input_ids, dtype=torch.bool)
-    if position_ids is None:
-        position_ids = count_positions(input_ids, config, None)
-    indices = mask.flatten().nonzero().squeeze(1)
-    cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-
-    def pack(ids: Tensor) -> Tensor:
-        return ids.expand(batch, length).flatten().index_select(0, indices)[None]
 
     def unpack(x: object) -> object:
         if isinstance(x, tuple):
             return tuple(unpack(item) for item in x)
         if not isinstance(x, Tensor) or x.dim() != 3:
             return x
-        padded = x.new_zeros(batch * length, x.shape[2]).index_copy(0, indices, x[0])
+        padded = x.new_zeros(batch * length, x.shape[2]).index_copy(0, packed.indices, x[0])
         return padded.unflatten(0, (batch, length))
 
     output = model(
-        pack(input_ids),
-        token_type_ids=None if token_type_ids is None else pack(token_type_ids),
-        position_ids=pack(position_ids),
-        cu_seqlens=cu_seqlens,
+        packed.input_ids,
+        token_type_ids=packed.token_type_ids,
+        position_ids=packed.position_ids,
+        cu_seqlens=packed.cu_seqlens,
         **outputs,
     )
     return replace(output, **{field.name: unpack(getattr(output, field.name)) for field in fields(output)})

@@ -69,8 +69,8 @@ def compact_packed(
         impl: ``auto``, ``cpu``, ``cuda`` or ``reference``; anything but ``auto`` never falls back.
 
     Returns:
-        (1, num_tokens, ...) and int32 (num_kept + 1). The gradient of a row goes to the row it came from, that
-        of the rows left behind is 0.
+        (1, num_tokens, ...) and int32 (num_kept + 1). The gradient of a row goes to the row it came from,
+        that of the rows left behind is 0.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
