@@ -57,7 +57,8 @@ class TracingModel(nn.Module):
             raise Fault(f"layer {layer}")
         return hidden + torch.tensor([0.0, 1.0, 0.0])
 
-    def classify(self, layer, hidden, mask=None, cu_seqlens=None) -> Tensor:
+    def classify(self, layer, hidden, mask=None, cu_seqlens=None, longest=None) -> Tensor:
+        assert longest == cu_seqlens.diff().max()
         self.classified.append(layer)
         rows = []
         for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
@@ -78,11 +79,10 @@ def checksum(ids, token_types) -> float:
 class TracingCriterion(Criterion):
     """Exits from the request's exit layer on; ``uncertainty`` is the checksum times the decisions so far."""
 
+    state_size = 1
+
     def __init__(self, never: bool = False) -> None:
         self.never = never
-
-    def start(self, rows, device) -> Tensor:
-        return torch.zeros(rows, 1, dtype=torch.int64, device=device)
 
     def decide(self, logits, state, alive=None) -> tuple[ExitDecision, Tensor]:
         state = state + logits[:, 1:2].nan_to_num().long()

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertops.early_exit import ExitPool, PoolAnswer
+from bertops.early_exit import ExitPool, Patience, PoolAnswer
 from bertops.early_exit.pool_stats import WINDOW, Tally
 from bertops.early_exit.queues import Chunk, LayerQueues, Sample
 from exit_models import IDS, TOKEN_TYPES, Fault, TracingCriterion, TracingModel, check_answer
+from test_fastbert import make_batch, make_model, middle_speed
 
 LONG = 30.0  # seconds that no test waits for: what comes earlier came for another reason
 LAYERS = 4
@@ -247,12 +248,13 @@ def test_forms_of_a_request(form):
     check_answer(future.result(0), ids)
 
 
-def test_an_answer_keeps_no_batch_alive():
-    with open_pool() as pool:
-        futures = [pool.submit(ids) for ids in requests(8)]
-    for future in futures:
+def test_logits_hold_no_more_than_those_of_the_samples_that_left_together():
+    with open_pool(max_batch=8) as pool:
+        futures = [pool.submit([1 + (i > 4), 0, i]) for i in range(8)]
+    for i, future in enumerate(futures):
         answer = future.result(0)
-        assert isinstance(answer, PoolAnswer) and answer.logits.untyped_storage().nbytes() == 3 * 4
+        assert isinstance(answer, PoolAnswer)
+        assert answer.logits.untyped_storage().nbytes() == (3 if i > 4 else 5) * 3 * 4
         assert not answer.logits.requires_grad and not answer.logits.is_inference()
 
 
@@ -263,6 +265,48 @@ def test_never_runs_no_student():
     assert {future.result(0).exit_layer for future in futures} == {LAYERS}
     assert set(model.classified) == {LAYERS}
     assert [layer for layer, _ in model.log] == [1, 2, 3, 4] * 3
+
+
+# A real model
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("rule", ["never", "middle", "always", "patience"])
+def test_answers_are_those_of_infer(family, rule):
+    model = make_model(family)
+    lengths = [9, 4, 1, 12, 6, 12, 2, 7, 3, 5, 11]
+    ids, mask = make_batch(lengths)
+    speeds = {"never": 0.0, "middle": middle_speed(model, ids, mask), "always": 1.0}
+    choice = {"criterion": Patience(1)} if rule == "patience" else {"speed": speeds[rule]}
+    types = torch.randint(0, 2, ids.shape) if family == "bert" else None
+    with ExitPool(model, **choice, max_batch=3) as pool:
+        futures = [
+            pool.submit(ids[i, :n], None if types is None or i % 3 == 0 else types[i, :n])
+            for i, n in enumerate(lengths)
+        ]
+    for i, (n, future) in enumerate(zip(lengths, futures, strict=True)):
+        own_types = None if types is None or i % 3 == 0 else types[i : i + 1, :n]
+        expected = model.infer(ids[i : i + 1, :n], token_type_ids=own_types, **choice)
+        answer = future.result(0)
+        assert answer.exit_layer == expected.exit_layer.item()
+        assert answer.prediction == expected.prediction.item()
+        torch.testing.assert_close(answer.logits, expected.logits[0], rtol=1e-4, atol=1e-5)
+        assert answer.uncertainty == pytest.approx(expected.uncertainty.item(), rel=1e-3, abs=1e-5)
+    layers = {future.result(0).exit_layer for future in futures}
+    assert layers == {"never": {model.num_layers}, "always": {1}}.get(rule, layers)
+    assert rule != "middle" or len(layers) > 1
+
+
+def test_a_real_model_with_nan_weights_in_one_word():
+    model = make_model()
+    with torch.no_grad():
+        model.encoder.embeddings.word.weight[7] = float("nan")
+    with ExitPool(model, speed=1.0, max_batch=4) as pool:
+        futures = [pool.submit([5, 7 if i == 2 else 6, 8]) for i in range(4)]
+    for i, future in enumerate(futures):
+        answer = future.result(0)
+        assert answer.logits.isnan().all() if i == 2 else answer.logits.isfinite().all()
+        assert answer.exit_layer == (model.num_layers if i == 2 else 1)
 
 
 # Batches, memory, deadlines

@@ -29,7 +29,7 @@ class PoolAnswer(NamedTuple):
     """What a request gets."""
 
     prediction: int
-    logits: Tensor  # (C,), of the layer that answered, on the CPU
+    logits: Tensor  # (C,), on the CPU; shares storage with those of the samples that left together with it
     exit_layer: int  # from 1
     uncertainty: float
     latency_s: float  # from the moment the pool took the request
@@ -97,7 +97,7 @@ class ExitPool:
         criterion: Criterion | None = None,
         max_batch: int = 32,
         max_wait_s: float = 0.01,
-        max_stall_s: float = 0.25,
+        max_stall_s: float = 1.0,
         max_pending: int = 1024,
     ) -> None:
         self._criterion = criterion_of(speed, criterion)
@@ -256,9 +256,9 @@ class ExitPool:
 
     def _run(self, layer: int, chunks: list[Chunk]) -> None:
         """Runs ``layer``; its samples are answered, fail, or go on to the next."""
-        if layer == 1:
-            waiting, chunks = chunks, [c for c in chunks if not c.samples[0].future.cancelled()]
-            self._settle([(c.samples[0], None) for c in waiting if c not in chunks])
+        if layer == 1 and (dropped := [c for c in chunks if c.samples[0].future.cancelled()]):
+            self._settle([(chunk.samples[0], None) for chunk in dropped])
+            chunks = [chunk for chunk in chunks if chunk not in dropped]
         samples = [sample for chunk in chunks for sample in chunk.samples]
         if not samples:
             return
@@ -292,7 +292,7 @@ class ExitPool:
 
         answers: list[PoolAnswer | None] = [None] * len(samples)
         if layer == self._model.num_layers or not self._criterion.never:
-            logits = self._model.classify(layer, hidden, cu_seqlens=cu_seqlens)
+            logits = self._model.classify(layer, hidden, cu_seqlens=cu_seqlens, longest=max(lengths))
             decision, state = self._criterion.decide(logits, state)
             answers = self._read_answers(layer, logits, decision, samples)
 
@@ -336,22 +336,25 @@ class ExitPool:
         self, layer: int, logits: Tensor, decision: ExitDecision, samples: list[Sample]
     ) -> list[PoolAnswer | None]:
         """Of every sample that leaves, None for those that stay."""
-        verdict = decision.prediction, decision.uncertainty, decision.exited
-        # One tensor, so one wait for the device; fp32 holds class numbers below 2 ** 24 exactly.
-        table = torch.cat((logits, *(column[:, None] for column in verdict)), dim=1).cpu()
-        rows = table[:, :-3].to(logits.dtype).unbind()
-        verdicts = table[:, -3:].tolist()
+        answers: list[PoolAnswer | None] = [None] * len(samples)
+        if layer == self._model.num_layers:
+            leaving = list(range(len(samples)))
+        else:
+            leaving = [row for row, exited in enumerate(decision.exited.tolist()) if exited]
+        if not leaving:
+            return answers
+        prediction, uncertainty = decision.prediction.tolist(), decision.uncertainty.tolist()
+        rows = logits.cpu()[leaving].unbind()
         now = time.monotonic()
-        last = layer == self._model.num_layers
-        return [
-            PoolAnswer(int(prediction), row.clone(), layer, uncertainty, now - sample.submitted)
-            if exited or last
-            else None
-            for sample, row, (prediction, uncertainty, exited) in zip(samples, rows, verdicts, strict=True)
-        ]
+        for row, row_logits in zip(leaving, rows, strict=True):
+            latency = now - samples[row].submitted
+            answers[row] = PoolAnswer(prediction[row], row_logits, layer, uncertainty[row], latency)
+        return answers
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         """The samples leave the pool, then their futures get what came of them."""
+        if not outcomes:
+            return
         live = [sample.future.set_running_or_notify_cancel() for sample, _ in outcomes]
         with self._lock:
             for (sample, outcome), alive in zip(outcomes, live, strict=True):
