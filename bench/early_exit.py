@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
+from tqdm import tqdm
 
 from bench import paired, plots
 from bench.exit_training import Recipe, Rows, Task, new_model, read_task
@@ -34,7 +35,8 @@ CPU = torch.device("cpu")
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 SERVED = 32  # the batch size of calibration, and of the pool
 CURVE = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-TIMED_ROWS = {size: 64 * min(size, 8) for size in SIZES}
+TIMED_ROWS = {size: max(128, min(256, 64 * size)) for size in SIZES}
+POOL_ROWS, CURVE_ROWS = 512, 2000
 ACCURACY_NOISE = 0.01  # by which a faster speed may be more accurate
 
 
@@ -84,11 +86,11 @@ def run_seed(task: Task, models: dict[str, FastBert], options: argparse.Namespac
     )
     speed = calibration.speed
     plain, _ = answers(models["full"], task.dev, 0.0)
-    slow, _ = answers(model, task.dev, 0.0)
     prediction, layers = answers(model, task.dev, speed)
+    by_layer = layer_accuracy(model, task.dev)
     curve = calibrate_speed(
         model,
-        [batch.padded() for batch in task.dev.batches(SERVED)],
+        [batch.padded() for batch in first(task.dev, CURVE_ROWS).batches(SERVED)],
         max_accuracy_drop=1.0,
         speeds=sorted({*CURVE, speed}),
         budget_s=options.budget,
@@ -98,18 +100,25 @@ def run_seed(task: Task, models: dict[str, FastBert], options: argparse.Namespac
         "speed": speed,
         "accuracy": {
             "without exits": accuracy(plain, task.dev),
-            "speed 0": accuracy(slow, task.dev),
+            "speed 0": by_layer[-1],
             "early exit": accuracy(prediction, task.dev),
         },
-        "layer_accuracy": layer_accuracy(model, task.dev),
+        "layer_accuracy": by_layer,
         "exit_layers": torch.bincount(layers, minlength=model.num_layers + 1)[1:].tolist(),
         "mean_exit_layer": float(layers.double().mean()),
         "flops_speedup": promised(model, task.dev, layers),
         "curve": asdict(replace(curve, speed=speed)),
-        "batches": [time_batches(model, task.dev, speed, size, options.budget) for size in SIZES],
+        "batches": [
+            time_batches(model, task.dev, speed, size, options.budget)
+            for size in tqdm(SIZES, desc="batch sizes", leave=False)
+        ],
         "pool": time_pool(model, task.dev, speed, options.budget),
         "checks": check(model, task.dev, curve),
     }
+
+
+def first(rows: Rows, count: int) -> Rows:
+    return rows.take(range(min(len(rows), count)))
 
 
 def layer_accuracy(model: FastBert, rows: Rows) -> list[float]:
@@ -125,7 +134,7 @@ def layer_accuracy(model: FastBert, rows: Rows) -> list[float]:
 
 
 def check(model: FastBert, rows: Rows, curve: Calibration) -> dict[str, bool]:
-    input_ids, mask, _ = rows.take(range(min(len(rows), 256))).padded()
+    input_ids, mask, _ = first(rows, 256).padded()
     full = model.infer(input_ids, mask, speed=0.0)
     with torch.inference_mode():
         expected = model(input_ids, mask).logits
@@ -147,7 +156,7 @@ def check(model: FastBert, rows: Rows, curve: Calibration) -> dict[str, bool]:
 
 def time_batches(model: FastBert, rows: Rows, speed: float, size: int, budget_s: float) -> dict[str, Any]:
     """Seconds of the same padded batches through the full model and with exits."""
-    some = rows.take(range(min(len(rows), TIMED_ROWS[size])))
+    some = first(rows, TIMED_ROWS[size])
     batches = [batch.padded()[:2] for batch in some.batches(size)]
 
     def run(speed: float, _: Any) -> None:
@@ -164,7 +173,7 @@ def time_batches(model: FastBert, rows: Rows, speed: float, size: int, budget_s:
 
 def time_pool(model: FastBert, rows: Rows, speed: float, budget_s: float) -> dict[str, Any]:
     """The full model in batches against a pool that gets the same rows one by one."""
-    some = rows.take(range(min(len(rows), 1024)))
+    some = first(rows, POOL_ROWS)
     batches = [batch.padded()[:2] for batch in some.batches(SERVED)]
     layers = answers(model, some, speed)[1]
 
@@ -287,7 +296,7 @@ def draw(run: dict[str, Any]) -> bytes:
     with plt.rc_context(plots.STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
         for number, r in enumerate(run["seeds"].values()):
-            first = number == 0
+            new = number == 0
             points = sorted(r["curve"]["points"], key=lambda p: p["flops_speedup"])
             timed = sorted(
                 (p["measured_speedup"], 100 * p["accuracy"])
@@ -299,7 +308,7 @@ def draw(run: dict[str, Any]) -> bytes:
                 [100 * p["accuracy"] for p in points],
                 color=gray,
                 linewidth=1,
-                label="FLOPs" if first else None,
+                label="FLOPs" if new else None,
             )
             left.plot(
                 *zip(*timed, strict=True),
@@ -307,7 +316,7 @@ def draw(run: dict[str, Any]) -> bytes:
                 color=green,
                 markersize=3,
                 linewidth=1,
-                label="measured" if first else None,
+                label="measured" if new else None,
             )
             chosen = next(p for p in points if p["speed"] == r["speed"])
             left.plot(
@@ -317,14 +326,14 @@ def draw(run: dict[str, Any]) -> bytes:
                 color=green,
                 markersize=9,
                 fillstyle="none",
-                label="chosen on other rows" if first else None,
+                label="chosen on other rows" if new else None,
             )
             left.axhline(
                 100 * r["accuracy"]["without exits"],
                 color=plots.QUIET,
                 linewidth=0.8,
                 linestyle="dashed",
-                label="model without exits" if first else None,
+                label="model without exits" if new else None,
             )
             speedups = [ratio(b["seconds"], "early") for b in r["batches"]]
             right.plot(
@@ -334,15 +343,15 @@ def draw(run: dict[str, Any]) -> bytes:
                 color=green,
                 markersize=3,
                 linewidth=1,
-                label="batches" if first else None,
+                label="batches" if new else None,
             )
-            right.axhline(r["flops_speedup"], color=gray, linewidth=1, label="FLOPs" if first else None)
+            right.axhline(r["flops_speedup"], color=gray, linewidth=1, label="FLOPs" if new else None)
             right.axhline(
                 ratio(r["pool"]["seconds"], "pool"),
                 color=plots.COLORS["FlexAttention"],
                 linewidth=1,
                 linestyle="dashed",
-                label="pool" if first else None,
+                label="pool" if new else None,
             )
         left.set_title(f"{run['task']}, {len(run['seeds'])} seeds", loc="left")
         left.set_xlabel("speed-up over the full model, batch 32")
