@@ -28,6 +28,13 @@ struct Largest {
     value = larger ? z : value;
     place = larger ? at : place;
   }
+
+  BERTOPS_INLINE void join(const Largest& other) {
+    const Places<T> earlier = (other.value == value) & (other.place < place);
+    const Places<T> wins = (other.value > value) | earlier;
+    value = wins ? other.value : value;
+    place = wins ? other.place : place;
+  }
 };
 
 // As torch.argmax has it, NaN is larger than any number: where the first of `count` elements stands, else `place`.
@@ -99,8 +106,10 @@ inline void few_classes(const EntropyRows& p, int64_t first, int64_t last, T* bl
   for (int64_t row = first; row < last; row += kLanes<T>) {
     const int64_t rows = min_of(kLanes<T>, last - row);
     load_block(logits + row * p.row_stride, p.row_stride, p.stride, rows, p.classes, block);
-    Largest<T> largest = none_seen<T>();
-    for (int64_t c = 0; c < p.classes; ++c) largest.see(load(block + c * kLanes<T>), place_of<T>(c));
+    Largest<T> largest = none_seen<T>(), second = none_seen<T>();  // two chains of comparisons, not one
+    for (int64_t c = 0; c < p.classes; c += 2) largest.see(load(block + c * kLanes<T>), place_of<T>(c));
+    for (int64_t c = 1; c < p.classes; c += 2) second.see(load(block + c * kLanes<T>), place_of<T>(c));
+    largest.join(second);
     RowSums<T> sums = {};
     for (int64_t c = 0; c < p.classes; ++c) sums.add(load(block + c * kLanes<T>), place_of<T>(c), largest);
     if (p.grad_logits == nullptr) {
