@@ -37,6 +37,7 @@ SERVED = 32  # the batch size of calibration, and of the pool
 CURVE = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 TIMED_ROWS = {size: max(128, min(256, 64 * size)) for size in SIZES}
 POOL_ROWS, CURVE_ROWS = 512, 2000
+LOST = 0.5  # points of accuracy on dev that early exit may cost
 ACCURACY_NOISE = 0.01  # by which a faster speed may be more accurate
 
 
@@ -205,7 +206,7 @@ def ratio(seconds: dict[str, list[float]], name: str, base: str = "full") -> flo
     return paired.paired_ratio(seconds, base, name).median
 
 
-def targets(seeds: dict[str, dict[str, Any]], max_drop: float) -> dict[str, dict[str, Any]]:
+def targets(seeds: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What was to be reached: the worst seed, except for accuracy, whose mean over the seeds counts."""
     runs = list(seeds.values())
     drops = [r["accuracy"]["without exits"] - r["accuracy"]["early exit"] for r in runs]
@@ -213,7 +214,7 @@ def targets(seeds: dict[str, dict[str, Any]], max_drop: float) -> dict[str, dict
     slowest = min(ratio(b["seconds"], "early") for r in runs for b in r["batches"])
     kept = min(ratio(r["pool"]["seconds"], "pool") / r["pool"]["flops_speedup"] for r in runs)
     return {
-        "points of accuracy lost, mean of seeds": met(100 * statistics.fmean(drops), "<=", max_drop),
+        "points of accuracy lost, mean of seeds": met(100 * statistics.fmean(drops), "<=", LOST),
         f"speed-up at batch {SERVED}, slowest seed": met(min(speedups), ">=", 2.0),
         "speed-up at the worst batch size of any seed": met(slowest, ">=", 0.95),
         "speed-up of the pool over that of the FLOPs, worst seed": met(kept, ">=", 0.9),
@@ -379,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--held-out", type=positive, default=1000, help="training rows to choose the speed on"
     )
-    parser.add_argument("--max-drop", type=float, default=0.5, help="points of accuracy on these rows")
+    parser.add_argument("--max-drop", type=float, default=0.0, help="points of accuracy that these may cost")
     parser.add_argument("--fp32", action="store_true", help="train without bfloat16")
     parser.add_argument(
         "--budget", type=float, default=20.0, help="seconds for each kind of timing, of a seed"
@@ -414,7 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "max_drop": options.max_drop,
         "text": described,
         "seeds": seeds,
-        "targets": targets(seeds, options.max_drop),
+        "targets": targets(seeds),
     }
     print(report(run))
     name = f"early-exit-{task.name}"
