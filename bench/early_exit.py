@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ CPU = torch.device("cpu")
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 SERVED = 32  # the batch size of calibration, and of the pool
 CURVE = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-TIMED_ROWS = {size: max(128, min(256, 64 * size)) for size in SIZES}
-POOL_ROWS, CURVE_ROWS = 512, 2000
+SAMPLE_ROWS, MAX_SAMPLES = 32, 50  # rows timed at once, at least; how many such samples, at most
+POOL_ROWS, POOL_ROUNDS, CURVE_ROWS = 1024, 3, 2000
 LOST = 0.5  # points of accuracy on dev that early exit may cost
 ACCURACY_NOISE = 0.01  # by which a faster speed may be more accurate
 
@@ -156,20 +157,22 @@ def check(model: FastBert, rows: Rows, curve: Calibration) -> dict[str, bool]:
 
 
 def time_batches(model: FastBert, rows: Rows, speed: float, size: int, budget_s: float) -> dict[str, Any]:
-    """Seconds of the same padded batches through the full model and with exits."""
-    some = first(rows, TIMED_ROWS[size])
-    batches = [batch.padded()[:2] for batch in some.batches(size)]
+    """Seconds of the same padded batches through the full model and with exits; every round takes others."""
+    count = max(size, SAMPLE_ROWS)
+    whole = [part for part in rows.batches(count) if len(part) == count]
+    samples = [[batch.padded()[:2] for batch in part.batches(size)] for part in whole[:MAX_SAMPLES]]
 
-    def run(speed: float, _: Any) -> None:
+    def run(speed: float, batches: list[tuple[Tensor, Tensor]]) -> None:
         for input_ids, mask in batches:
             model.infer(input_ids, mask, speed=speed)
 
     contestants = [
-        paired.Contestant("full", partial(run, 0.0)),
-        paired.Contestant("early", partial(run, speed)),
+        paired.Contestant(name, partial(run, at), partial(next, cycle(samples)))
+        for name, at in (("full", 0.0), ("early", speed))
     ]
-    seconds = paired.run_rounds(contestants, paired.WallClock(CPU), budget_s=budget_s / 4)
-    return {"size": size, "rows": len(some), "seconds": seconds}
+    clock = paired.WallClock(CPU)
+    seconds = paired.run_rounds(contestants, clock, budget_s=budget_s / 4, min_rounds=10)
+    return {"size": size, "rows": count, "seconds": seconds}
 
 
 def time_pool(model: FastBert, rows: Rows, speed: float, budget_s: float) -> dict[str, Any]:
@@ -187,7 +190,7 @@ def time_pool(model: FastBert, rows: Rows, speed: float, budget_s: float) -> dic
             model.infer(input_ids, mask, speed=speed)
 
     def run_pool(_: Any) -> None:
-        with ExitPool(model, speed=speed, max_batch=SERVED) as pool:
+        with ExitPool(model, speed=speed, max_batch=SERVED, max_wait_s=1.0, max_stall_s=30.0) as pool:
             for future in [pool.submit(ids) for ids in some.ids]:
                 future.result()
 
@@ -197,7 +200,7 @@ def time_pool(model: FastBert, rows: Rows, speed: float, budget_s: float) -> dic
         ("pool", run_pool),
     )
     contestants = [paired.Contestant(name, run) for name, run in runs]
-    seconds = paired.run_rounds(contestants, paired.WallClock(CPU), budget_s=budget_s)
+    seconds = paired.run_rounds(contestants, paired.WallClock(CPU), budget_s=budget_s, min_rounds=POOL_ROUNDS)
     return {"rows": len(some), "flops_speedup": promised(model, some, layers), "seconds": seconds}
 
 

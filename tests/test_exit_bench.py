@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 def test_the_experiment(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(early_exit, "SIZES", (1, 32))
-    monkeypatch.setattr(early_exit, "TIMED_ROWS", {1: 2, 32: 32})
+    monkeypatch.setattr(early_exit, "POOL_ROUNDS", 1)
     monkeypatch.setattr(early_exit, "CURVE", (0.0, 0.5, 1.0))
     out = tmp_path / "out"
     arguments = [f"--data={folder}", f"--out={out}", "--held-out=20", "--budget=0", "--fp32", "--seeds"]
