@@ -268,7 +268,7 @@ def report(run: dict[str, Any]) -> str:
     lines.append(f"{'pool':>8}  {full:8.0f}" + "".join(f"{rate(p, 'pool'):>18}" for p in pools))
     lines += [
         "",
-        f"dev at other speeds, mean of {len(seeds)} seeds:",
+        f"first {CURVE_ROWS} rows of dev at other speeds, mean over seeds:",
         "speed  accuracy, %  exit layer  FLOPs  batch 32",
     ]
     for speed in CURVE:
@@ -322,10 +322,10 @@ def draw(run: dict[str, Any]) -> bytes:
                 linewidth=1,
                 label="measured" if new else None,
             )
-            chosen = next(p for p in points if p["speed"] == r["speed"])
+            served = next(b for b in r["batches"] if b["size"] == SERVED)
             left.plot(
-                [chosen["measured_speedup"] or chosen["flops_speedup"]],
-                [100 * chosen["accuracy"]],
+                [ratio(served["seconds"], "early")],
+                [100 * r["accuracy"]["early exit"]],
                 "o",
                 color=green,
                 markersize=9,
