@@ -17,7 +17,7 @@ from bertops.early_exit.queues import Chunk, LayerQueues, Sample
 from exit_models import IDS, TOKEN_TYPES, Fault, TracingCriterion, TracingModel, check_answer
 from test_fastbert import make_batch, make_model, middle_speed
 
-LONG = 30.0  # seconds that no test waits for: what comes earlier came for another reason
+LONG = 20.0  # seconds that no test waits for: what comes earlier came for another reason
 LAYERS = 4
 
 
@@ -43,7 +43,7 @@ def together(count, target):
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -371,14 +371,18 @@ def test_a_batch_that_is_not_full_waits_for_max_wait():
 def test_a_full_batch_does_not_wait():
     model = TracingModel(LAYERS)
     with open_pool(model, max_batch=2) as pool:
-        futures = [pool.submit([2, 0, i]) for i in range(2)]
-        wait(futures, LONG / 2)
+        pool.submit([2, 0])
+        time.sleep(0.02)  # the pool's thread sleeps until the first is due, and has to be woken
+        pool.submit([2, 0]).result(LONG / 2)
         assert model.log == [(1, 2), (2, 2)]
 
 
 def test_a_full_pool_does_not_wait_for_a_full_batch():
     model = TracingModel(LAYERS)
     with open_pool(model, max_batch=4, max_pending=4) as pool:
+        for ids in requests(3):
+            pool.submit(ids)
+        time.sleep(0.02)
         for ids in requests(40):
             pool.submit(ids, timeout=LONG / 2)
 
@@ -587,26 +591,33 @@ def test_nan_goes_to_the_last_layer_and_harms_nobody():
         check_answer(future.result(0), [0 if i == 1 else 2, 0, i])
 
 
-def test_a_fault_of_the_pool_itself_fails_everybody(monkeypatch):
-    pool = open_pool()
+@pytest.mark.parametrize("place", ["choosing", "answering"])
+def test_a_fault_of_the_pool_itself_fails_everybody(place, monkeypatch):
+    model = TracingModel(LAYERS)
+    model.gate.clear()
+    pool = open_pool(model, max_batch=2)
     boom = AssertionError("boom")
 
-    def broken(layer):
+    def broken(*args):
         raise boom
 
-    monkeypatch.setattr(pool._queues, "take", broken)
-    first = pool.submit([1, 0])
-    cancelled = pool.submit([1, 0])
-    cancelled.cancel()
-    futures = [first, *[pool.submit([1, 0]) for _ in range(2)]]
-    assert not wait([*futures, cancelled], LONG / 2).not_done
-    assert [future.exception(0) for future in futures] == [boom] * 3
+    futures = [pool.submit([1, 0]) for _ in range(5)]
+    assert model.entered.wait(LONG)
+    futures[4].cancel()
+    target = (pool._queues, "take") if place == "choosing" else (pool._tally, "answer")
+    monkeypatch.setattr(*target, broken)
+    model.gate.set()
+    assert not wait(futures, LONG).not_done
+    answered = 2 if place == "choosing" else 0
+    assert [future.exception(0) for future in futures[answered:4]] == [boom] * (4 - answered)
+    assert futures[4].cancelled()
     pool._worker.join(LONG)
     with pytest.raises(RuntimeError, match="failed") as caught:
         pool.submit([1, 0])
     assert caught.value.__cause__ is boom
     pool.close()
-    assert pool.stats().failed == 3 and pool.stats().cancelled == 1
+    stats = pool.stats()
+    assert (stats.answered, stats.failed, stats.cancelled) == (answered, 4 - answered, 1)
 
 
 # Bad input
