@@ -1,10 +1,11 @@
 """``bertops.attention_with_scores`` beside eager, compiled eager, and SDPA with the scores computed again."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
-from bench import work
+from bench import shapes, work
 from bench.measure import Op, Result, noise
 from bench.paired import replay_clock
 from bench.providers import attention_with_scores_providers
@@ -16,6 +17,7 @@ def op(impl: str) -> Op:
     return Op(
         "attention_with_scores",
         QKV,
+        partial(shapes.cases, "attention_with_scores"),
         attention_with_scores_providers(impl),
         lambda q, k, v, mask: reference.attention_with_scores(q, k, v, mask)[::2],
         ("out", "scores"),

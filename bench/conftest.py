@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from bench import shapes
 from bench.measure import Result
 from bench.paired import replay_clock
 from bench.run import RUN, Run
+from bertops._backend import IMPLEMENTATIONS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,9 +34,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     run = metafunc.config.stash[RUN]
     op = metafunc.module.op(run.impl)
+    known = run.impl == "auto" or run.impl in IMPLEMENTATIONS[op.name]
     items = [
         pytest.param((op, case, mode, provider.name), id=f"{case.id}-{mode}-{provider.name}")
-        for case in shapes.cases(op.name, run.scope, run.device.type)
+        for case in (op.cases(run.scope, run.device.type) if known else ())
         for mode in case.modes
         for provider in op.providers
         if provider.applies(case)

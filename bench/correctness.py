@@ -8,17 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.shapes import Inputs
+from bench.shapes import HeadInputs, Inputs
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 from errors import assert_close_to_oracle  # tests/errors.py: the one place of that rule
 
-SLICE_PAIRS = 2**24  # elements of an N x N map in fp64 held at a time
-SAMPLE_PAIRS = 2**22  # elements of such maps that a sample compares
 LOSS_PAIRS = 2**28  # beyond, the reference of a loss over all heads would take minutes
 
-Reference = Callable[..., Sequence[Tensor]]  # the tensors and the mask to outputs (B, H, ...)
+Reference = Callable[..., Sequence[Tensor]]  # the tensors and what goes with them to outputs
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,6 @@ class Truth:
     oracle: list[Tensor | None]
     eagers: list[list[Tensor]]
     names: list[str]
-
-
-def sample(x: Tensor) -> Tensor:
-    """Two samples and up to four heads of (B, H, N, ...), at least one: what a quick run checks."""
-    batch, heads, length = x.shape[:3]
-    kept = min(4, max(1, SAMPLE_PAIRS // (min(batch, 2) * length**2)))
-    return x[:: max(1, batch // 2), :: max(1, heads // kept)][:2, :kept]
 
 
 def truth(
@@ -56,7 +47,7 @@ def truth(
 def loss_truth(
     reference: Reference,
     names: Sequence[str],
-    inputs: Inputs,
+    inputs: HeadInputs,
     part: Callable[[Tensor], Tensor],
     upstream: Tensor,
     gradients: bool,
@@ -86,42 +77,44 @@ def run_in_groups(
     gradients: bool,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    batch, heads, length, _ = inputs.leaves[0].shape
-    group = max(1, min(heads, SLICE_PAIRS // length**2))
-    rows = []
-    for b in range(batch):
+    samples = []
+    for groups in inputs.groups():
         parts = []
-        for h in range(0, heads, group):
-            here = (slice(b, b + 1), slice(h, h + group))
-            leaves = [x[here].detach().to(dtype or x.dtype).requires_grad_(gradients) for x in inputs.leaves]
-            constants = [x[here].to(dtype or x.dtype) for x in inputs.constants]
-            mask = None if inputs.mask is None else inputs.mask[b : b + 1]
+        for here in groups:
+            group = inputs.at(here)
+            leaves = [x.detach().to(dtype or x.dtype).requires_grad_(gradients) for x in group.leaves]
+            constants = [x.to(dtype or x.dtype) for x in group.constants]
             with torch.set_grad_enabled(gradients):
-                results = list(reference(*leaves, *constants, mask))
+                results = list(reference(*leaves, *constants, *group.extra))
             if gradients:
                 grads = [g[here].to(x.dtype) for g, x in zip(upstream, results, strict=True)]
                 results += torch.autograd.grad(results, leaves, grads)
             parts.append([x.detach() for x in results])
-        rows.append([torch.cat(x, 1) for x in zip(*parts, strict=True)])
-    return [torch.cat(x, 0) for x in zip(*rows, strict=True)]
+        samples.append([joined(x, 1) for x in zip(*parts, strict=True)])
+    return [joined(x, 0) for x in zip(*samples, strict=True)]
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def wrong(results: Sequence[Tensor], expected: Truth, inputs: Inputs) -> str | None:
     """Why ``results`` (outputs, or outputs and gradients) are wrong, or None where they are right.
 
-    Rows of padding are left out of ``out``: bertops makes them 0, its peers leave a number there. A loss
-    counts as no more exact than the dtype of its inputs.
+    Integers must be equal. A loss counts as no more exact than the dtype of its inputs.
     """
     for place, (name, result) in enumerate(zip(expected.names, results, strict=False)):
         exact = expected.oracle[place]
         if exact is None:
             continue
-        compared = [result, exact, *(eager[place] for eager in expected.eagers)]
-        if name == "out" and inputs.mask is not None:
-            compared = [x.masked_fill(~inputs.mask[:, None, :, None], 0.0) for x in compared]
+        if not exact.is_floating_point():
+            if not torch.equal(result, exact):
+                return f"{name}: not equal"
+            continue
         if name == "loss":
-            compared[0] = result.to(inputs.leaves[0].dtype)
-        actual, oracle, *eagers = compared
+            result = result.to(inputs.leaves[0].dtype)
+        compared = [result, exact, *(eager[place] for eager in expected.eagers)]
+        actual, oracle, *eagers = (inputs.compared(name, x) for x in compared)
         try:
             assert_close_to_oracle(name, actual, eagers, oracle)
         except AssertionError as error:

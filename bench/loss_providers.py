@@ -7,17 +7,18 @@ an attention, with the student's keys for values. Score MSE takes no softmax, so
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bench import work
+from bench import shapes, work
 from bench.limits import Work
 from bench.measure import Op, share_of_rows
 from bench.providers import Call, Provider, compiled, compiled_flex, is_compiled
-from bench.shapes import Case, Inputs, Mode, Takes
+from bench.shapes import HeadCase, HeadInputs, Mode, Takes
 
 CHUNK = {"cpu": 128, "cuda": 1024}  # query rows whose maps live at a time
 LONGEST_MAP = 1024  # the reference holds whole maps up to this length
@@ -32,10 +33,10 @@ class Loss:
     """The sum of ``rows`` over the ``count`` of what is real; ``maps``: a Provider's, eager and compiled."""
 
     rows: Rows
-    count: Callable[[Inputs], int]
+    count: Callable[[HeadInputs], int]
     maps: tuple[int, int]
 
-    def mean(self, inputs: Inputs, all_rows: Callable[..., Tensor]) -> Call:
+    def mean(self, inputs: HeadInputs, all_rows: Callable[..., Tensor]) -> Call:
         """``all_rows`` takes the two models' q and k and the keys; rows of padding are left out."""
         mask, count = inputs.mask, self.count(inputs)
         keys = None if mask is None else mask[:, None, None, :]
@@ -48,10 +49,10 @@ class Loss:
 
         return call
 
-    def eager(self, inputs: Inputs) -> Call:
+    def eager(self, inputs: HeadInputs) -> Call:
         return self.mean(inputs, self.rows)
 
-    def chunked(self, inputs: Inputs) -> Call:
+    def chunked(self, inputs: HeadInputs) -> Call:
         chunk = CHUNK[inputs.leaves[0].device.type]
         return self.mean(inputs, lambda *arguments: in_chunks(self.rows, chunk, *arguments))
 
@@ -75,7 +76,7 @@ class Loss:
         takes: Takes,
         own: Callable[..., Tensor],
         whole: Callable[..., Tensor],
-        least: Callable[[Inputs, Mode], Work],
+        least: Callable[[HeadInputs, Mode], Work],
         *others: Provider,
     ) -> Op:
         """``own`` is bertops' function of tensors and mask; ``others`` are peers that this loss alone has."""
@@ -93,13 +94,22 @@ class Loss:
             Provider("chunked eager", self.chunked, is_chunked),
             *others,
         ]
-        return Op(name, takes, providers, self.reference(whole), ("loss",), self.upstream, least)
+        return Op(
+            name,
+            takes,
+            partial(shapes.cases, name),
+            providers,
+            self.reference(whole),
+            ("loss",),
+            self.upstream,
+            least,
+        )
 
-    def upstream(self, inputs: Inputs) -> list[Tensor]:
+    def upstream(self, inputs: HeadInputs) -> list[Tensor]:
         return share_of_rows(inputs, self.count(inputs))
 
 
-def is_chunked(case: Case) -> bool:
+def is_chunked(case: HeadCase) -> bool:
     return case.chunked
 
 
@@ -144,7 +154,7 @@ def kl_rows(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, keys: Tensor | N
     return F.kl_div(log_probs, target, reduction="none").sum(-1)
 
 
-def eager_gram(inputs: Inputs) -> Call:
+def eager_gram(inputs: HeadInputs) -> Call:
     """Score MSE by the formula of ``bertops.attention_score_mse``, in a few lines of PyTorch."""
     mask = inputs.mask
     count = SCORE_MSE.count(inputs)
@@ -166,7 +176,7 @@ def gram(a: Tensor, b: Tensor) -> Tensor:
     return (a.transpose(-1, -2) @ b).float()
 
 
-def kl_by_attention(attend: Call, inputs: Inputs) -> Call:
+def kl_by_attention(attend: Call, inputs: HeadInputs) -> Call:
     """``attend`` is a differentiable attention with its lse; KL = sum p_t (t - s) - lse_t + lse_s of a row.
 
     The expectations of t and s under the teacher are products of the query with an average of keys.
@@ -183,7 +193,7 @@ def kl_by_attention(attend: Call, inputs: Inputs) -> Call:
     return KL.mean(inputs, all_rows)
 
 
-def flex_kl(inputs: Inputs) -> Call:
+def flex_kl(inputs: HeadInputs) -> Call:
     from torch.nn.attention.flex_attention import AuxRequest
 
     flex = compiled_flex(inputs.mask)

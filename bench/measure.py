@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,12 +14,11 @@ from bench.limits import Limits, Work
 from bench.memory import peak_extra_bytes
 from bench.paired import Contestant, Spread
 from bench.providers import Call, Provider
-from bench.shapes import DTYPE_NAMES, Case, Inputs, Mode, Takes
+from bench.shapes import DTYPE_NAMES, Case, HeadInputs, Inputs, Mode, Scope, Takes
 
 BASE = "bertops"
 LONG_S = 0.5  # a first call as long as this needs no second for its memory and its time to be typical
 ENDLESS_S = 10.0  # ... and no rounds
-WHOLE_LENGTH = 2048  # results of longer inputs are always checked in part
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,12 @@ class Op:
 
     name: str
     takes: Takes
+    cases: Callable[[Scope, str], Sequence[Case]]  # of a scope and a type of device
     providers: list[Provider]
     reference: correctness.Reference  # of a loss: its rows (B, H, N)
     outputs: tuple[str, ...]
-    upstream: Callable[[Inputs], list[Tensor]]  # gradients of the reference's outputs
-    work: Callable[[Inputs, Mode], Work]
+    upstream: Callable[[Any], list[Tensor]]  # gradients of the reference's outputs
+    work: Callable[[Any, Mode], Work]
 
     @property
     def is_loss(self) -> bool:
@@ -40,7 +40,7 @@ class Op:
         return self.outputs == ("loss",)
 
 
-def noise(inputs: Inputs, maps: int = 0) -> list[Tensor]:
+def noise(inputs: HeadInputs, maps: int = 0) -> list[Tensor]:
     """For out (B, H, N, D), none at padding as no loss looks there, and for ``maps`` of (B, H, N, N)."""
     like = inputs.leaves[0]
     generator = torch.Generator().manual_seed(1)
@@ -51,7 +51,7 @@ def noise(inputs: Inputs, maps: int = 0) -> list[Tensor]:
     return grads
 
 
-def share_of_rows(inputs: Inputs, count: int) -> list[Tensor]:
+def share_of_rows(inputs: HeadInputs, count: int) -> list[Tensor]:
     """For the rows (B, H, N) of a loss that is their sum over ``count``, in fp64."""
     like = inputs.leaves[0]
     return [torch.full(like.shape[:3], 1 / count, dtype=torch.float64, device=like.device)]
@@ -75,11 +75,12 @@ class Result:
         return Spread.of(self.seconds)
 
     def as_dict(self, limits: Limits) -> dict[str, Any]:
-        """With what follows from the times: spread, FLOP/s, and the share of the limits known by now."""
-        figures: dict[str, Any] = {"time": None, "flops_per_s": None, "share_of_limit": None}
+        """With what follows from the times: spread, rates, and the share of the limits known by now."""
+        figures: dict[str, Any] = {"time": None, "share_of_limit": None}
         if self.work is not None:
             figures["time"] = asdict(self.time)
-            figures["flops_per_s"] = self.work.flops / self.time.median
+            for name, amount in asdict(self.work).items():
+                figures[f"{name}_per_s"] = amount / self.time.median
             figures["share_of_limit"] = limits.least_seconds(self.work, self.dtype) / self.time.median
         return {**asdict(self), **figures}
 
@@ -90,7 +91,7 @@ class Comparison:
     def __init__(self, op: Op, case: Case, inputs: Inputs, sampled: bool = False) -> None:
         """``sampled``: results are checked on some samples and heads, not on all."""
         self.op, self.case, self.inputs = op, case, inputs
-        self.sampled = sampled or inputs.length > WHOLE_LENGTH
+        self.sampled = sampled or inputs.too_large
         self.device = inputs.leaves[0].device
         self.upstream = op.upstream(inputs)
         self.grads = [torch.ones((), device=self.device)] if op.is_loss else self.upstream
@@ -148,9 +149,11 @@ class Comparison:
         try:
             call = provider.make(self.inputs)
             if provider.compiles or self.device.type == "cuda":  # Triton compiles too
-                self.results(call, mode)
+                self.results(provider, call, mode)
             start = time.perf_counter()
-            extra_bytes = peak_extra_bytes(self.device, lambda: results.extend(self.results(call, mode)))
+            extra_bytes = peak_extra_bytes(
+                self.device, lambda: results.extend(self.results(provider, call, mode))
+            )
             seconds = time.perf_counter() - start
         except RuntimeError as error:  # a peer that cannot take the shape, or a compiler that gives up
             return Result(provider.name, dtype, "failed", str(error).strip().splitlines()[0]), None
@@ -166,15 +169,15 @@ class Comparison:
         return result, replace(contestant, known_s=seconds)
 
     def part(self, x: Tensor) -> Tensor:
-        """What is checked of (B, H, ...)."""
-        return correctness.sample(x) if self.sampled else x
+        """What is checked of a result."""
+        return self.inputs.part(x) if self.sampled else x
 
     @property
     def checked(self) -> str:
         """What the check of every result covered."""
-        batch, heads = self.part(self.inputs.leaves[0]).shape[:2]
-        of = self.inputs.leaves[0].shape[:2].numel()
-        part = "everything" if batch * heads == of else f"{batch * heads} of {of} heads"
+        whole = self.inputs.leaves[0]
+        heads, of = self.part(whole).shape[:2].numel(), whole.shape[:2].numel()
+        part = "everything" if heads == of else f"{heads} of {of} heads"
         if self.op.is_loss and self.truths:
             known = all(truth.oracle[0] is not None for truth in self.truths.values())
             return f"{'loss' if known else 'not the loss'}; of the gradients {part}"
@@ -183,9 +186,9 @@ class Comparison:
     def leaves(self, mode: Mode) -> list[Tensor]:
         return [x.detach().requires_grad_(mode != "forward") for x in self.inputs.leaves]
 
-    def results(self, call: Call, mode: Mode) -> list[Tensor]:
+    def results(self, provider: Provider, call: Call, mode: Mode) -> list[Tensor]:
         leaves = self.leaves(mode)
-        outputs = call(*leaves, *self.inputs.constants)
+        outputs = provider.compared(call(*leaves, *self.inputs.constants))
         gradients = () if mode == "forward" else torch.autograd.grad(outputs, leaves, self.grads)
         return [*outputs, *gradients]
 

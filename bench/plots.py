@@ -23,6 +23,10 @@ COLORS = {
     "SDPA + scores": "#4a76b8",
     "FlexAttention": "#a65a8c",
     "eager Gram": "#a65a8c",
+    "eager + argmax": "#4a76b8",
+    "torch.distributions": "#4a76b8",
+    "index_select": "#9aa5b1",
+    "boolean index": "#4a76b8",
 }
 TIMES = "\N{MULTIPLICATION SIGN}"
 INK, QUIET = "#1d2733", "#66727f"
@@ -121,7 +125,7 @@ def draw_bar(time_axes: Axes, memory_axes: Axes, y: float, result: dict[str, Any
         time_axes.text(0.04, y, text[:70], color=ink, va="center", style="italic")
         return
     milliseconds = result["time"]["median"] * 1e3
-    time = f"{milliseconds:.1f} ms" if milliseconds >= 1 else f"{milliseconds * 1e3:.0f} µs"
+    time = f"{milliseconds:.1f} ms" if milliseconds >= 1 else f"{milliseconds * 1e3:.3g} µs"
     ratio = result["ratio"]
     if ratio is None:
         time_axes.text(0.04, y, time, va="center")
@@ -147,15 +151,11 @@ Curves = dict[str, list[dict[str, Any]]]
 
 
 def find_curves(comparisons: Sequence[dict[str, Any]]) -> Curves:
-    """Synthetic comparisons that differ in length and batch alone, by what they have in common."""
+    """Comparisons that differ in length and batch alone, by what they have in common."""
     curves: Curves = {}
     for comparison in comparisons:
-        case = comparison["case"]
-        if case["source"] == "random" and not case["overhead"]:
-            teacher = f" D_t{case['head_dim_t']}" if case["head_dim_t"] else ""
-            padded = f", {case['padding']:.0%} padding" if case["padding"] else ""
-            common = f"H{case['heads']} D{case['head_dim']}{teacher} {case['dtype']}{padded}"
-            curves.setdefault(common, []).append(comparison)
+        if comparison["curve"]:
+            curves.setdefault(comparison["curve"], []).append(comparison)
     return {common: curve for common, curve in curves.items() if len(curve) >= MIN_LENGTHS}
 
 

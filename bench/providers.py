@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import bertops
-from bench.shapes import Case, Inputs, Mode
+from bench.shapes import Case, HeadCase, HeadInputs, Inputs, Mode
 
 Call = Callable[..., tuple[Tensor, ...]]
 MAP_BYTES = {"cpu": 6e9, "cuda": 60e9}  # what a provider may fill with maps
@@ -23,22 +23,24 @@ MAP_BYTES = {"cpu": 6e9, "cuda": 60e9}  # what a provider may fill with maps
 class Provider:
     """``applies`` picks the cases it takes part in; ``ignores_mask`` runs on all rows, padding included.
 
-    ``maps``: fp32 maps of all heads that forward and backward hold at a time.
+    ``maps``: fp32 maps of all heads that forward and backward hold at a time. ``compared``: from what it
+    returns to the outputs of the reference, untimed.
     """
 
     name: str
-    make: Callable[[Inputs], Call]
-    applies: Callable[[Case], bool] = lambda case: True
+    make: Callable[[Any], Call]
+    applies: Callable[[Any], bool] = lambda case: True
     ignores_mask: bool = False
     cpu_lacks: str = ""  # backward, or what it needs in the forward as well
     compiles: bool = False  # in its first call
     maps: int = 0
+    compared: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda outputs: outputs
 
     def unavailable(self, inputs: Inputs, mode: Mode) -> str | None:
         like = inputs.leaves[0]
         if like.device.type == "cpu" and self.cpu_lacks and (mode, self.cpu_lacks) != ("forward", "backward"):
             return f"has no {self.cpu_lacks} on a CPU"
-        map_bytes = 4 * like.shape[:3].numel() * inputs.length * self.maps
+        map_bytes = 4 * inputs.map_elements * self.maps
         if map_bytes > MAP_BYTES[like.device.type]:
             return f"its maps would take {map_bytes / 1e9:.0f} GB"
         return None
@@ -48,7 +50,7 @@ def is_compiled(case: Case) -> bool:
     return case.compiled
 
 
-def is_padded(case: Case) -> bool:
+def is_padded(case: HeadCase) -> bool:
     return case.padding > 0 or case.source != "random"
 
 
@@ -154,7 +156,7 @@ def compiled(call: Call) -> Call:
     return torch.compile(call, dynamic=False)
 
 
-def flex(inputs: Inputs) -> Call:
+def flex(inputs: HeadInputs) -> Call:
     attend = compiled_flex(inputs.mask)
     return lambda q, k, v: (attend(q, k, v),)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from bench.shapes import DTYPE_NAMES, Case, Inputs, Takes
+from bench.shapes import DTYPE_NAMES, HeadCase, HeadInputs, Takes
 from bertops import use_impl
 from bertops.models import BertModel
 
@@ -116,7 +116,7 @@ class RealModel:
         ids = torch.tensor([row.ids for row in rows], device=self.device)
         return Batch(ids, torch.tensor([row.attention_mask for row in rows], device=self.device))
 
-    def inputs(self, takes: Takes, case: Case) -> Inputs:
+    def inputs(self, takes: Takes, case: HeadCase) -> HeadInputs:
         """Projections of the middle layer, strided as the model leaves them; teacher is the last layer."""
         batch = self.batch(case.batch, case.length, case.source == "modules")
         last = len(self.bert.layers)
@@ -130,7 +130,7 @@ class RealModel:
             f"B{batch_size} H{heads} N{length} D{head_dim} {DTYPE_NAMES[case.dtype]}, "
             f"{batch.padding:.0%} padding"
         )
-        return Inputs(leaves, constants, batch.mask.bool(), title)
+        return HeadInputs(leaves, constants, title, batch.mask.bool())
 
     def projections(
         self, batch: Batch, layers: list[int], dtype: torch.dtype

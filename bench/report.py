@@ -13,7 +13,7 @@ from typing import Any
 from bench import plots
 from bench.measure import BASE
 
-COLUMNS = ("provider", "time", "± IQR", "vs bertops", "GFLOP/s", "of limit", "extra MB", "status")
+COLUMNS = ("provider", "time", "± IQR", "vs bertops", "rate", "of limit", "extra MB", "status")
 
 
 def write(data: dict[str, Any], out: Path) -> list[Path]:
@@ -134,11 +134,19 @@ def cells(result: dict[str, Any]) -> tuple[str, ...]:
         duration(time["median"]),
         f"{(time['high'] - time['low']) / time['median']:.0%}",
         f"{ratio['median']:.2f}{plots.TIMES}" if ratio else "-",
-        f"{result['flops_per_s'] / 1e9:,.1f}",
+        rate(result),
         f"{result['share_of_limit']:.0%}",
         "-" if extra is None else f"{extra / 1e6:,.1f}",
         "ok",
     )
+
+
+def rate(result: dict[str, Any]) -> str:
+    """Of arithmetic; of exponentials where they are all that is counted, of bytes where there are none."""
+    units = {"flops": "GFLOP/s", "exps": "Gexp/s", "bytes": "GB/s"}
+    work = next(name for name in units if result["work"][name] or name == "bytes")
+    billions = result[f"{work}_per_s"] / 1e9
+    return f"{billions:,.1f} {units[work]}" if billions >= 1 else f"{billions:.2g} {units[work]}"
 
 
 def duration(seconds: float) -> str:
@@ -221,9 +229,9 @@ p {{ color: #46525e }}
 {images}
 <h2>Every figure</h2>
 <p>Times are medians over interleaved rounds. “vs bertops” is the median of the ratios within each round:
-above 1&times; is slower than bertops. GFLOP/s and the share of the limit count the least work that the call
-needs over real tokens, the same for every provider. A provider whose result fails the check against the fp64
-reference shows no number.</p>
+above 1&times; is slower than bertops. The rate (of arithmetic, exponentials or bytes, the first that the op
+has) and the share of the limit count the least work that the call needs over real tokens, the same for every
+provider. A provider whose result fails the check against the fp64 reference shows no number.</p>
 {tables}
 </html>
 """

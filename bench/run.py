@@ -9,7 +9,7 @@ import pytest
 import torch
 from pytest_benchmark.utils import get_commit_info
 
-from bench import limits, shapes
+from bench import limits
 from bench.measure import Comparison, Op, Result
 from bench.memory import METHODS
 from bench.real import RealModel
@@ -65,10 +65,10 @@ class Run:
 
     def inputs(self, takes: Takes, case: Case) -> Inputs:
         if (takes, case) not in self._inputs:
-            if case.source == "random":
-                self._inputs[takes, case] = shapes.random_inputs(takes, case, self.device)
-            else:
-                self._inputs[takes, case] = self.model.inputs(takes, case)
+            random = case.source == "random"
+            self._inputs[takes, case] = (
+                case.draw(takes, self.device) if random else self.model.inputs(takes, case)
+            )
         return self._inputs[takes, case]
 
     def result(self, op: Op, case: Case, mode: Mode, provider: str) -> Result:
@@ -99,6 +99,7 @@ class Run:
                     "op": op,
                     "mode": mode,
                     "case": case.as_dict(),
+                    "curve": case.curve,
                     **self._about[op, case, mode],
                     "results": [result.as_dict(known) for result in results],
                 }

@@ -1,10 +1,13 @@
 """What every op must do at least, counted over the real tokens alone."""
 
+from torch import Tensor
+
 from bench.limits import Work
-from bench.shapes import Inputs, Mode
+from bench.row_shapes import HiddenInputs
+from bench.shapes import HeadInputs, Inputs, Mode
 
 
-def attention(inputs: Inputs, mode: Mode, map_bytes: int = 0) -> Work:
+def attention(inputs: HeadInputs, mode: Mode, map_bytes: int = 0) -> Work:
     """Forward: QKᵀ and PV, an exp a pair; reads q, k, v, writes out. Backward: QKᵀ once more, dO Vᵀ, dV, dQ
     and dK, an exp a pair; reads q, k, v, out, dO, writes dQ, dK, dV. Both move lse (fp32) once.
 
@@ -21,12 +24,12 @@ def attention(inputs: Inputs, mode: Mode, map_bytes: int = 0) -> Work:
     return Work(forward.flops + backward.flops, forward.exps + backward.exps, forward.bytes + backward.bytes)
 
 
-def attention_with_scores(inputs: Inputs, mode: Mode) -> Work:
+def attention_with_scores(inputs: HeadInputs, mode: Mode) -> Work:
     batch, heads, length, _ = inputs.leaves[0].shape
     return attention(inputs, mode, batch * heads * length**2 * inputs.leaves[0].element_size())
 
 
-def attention_kl(inputs: Inputs, mode: Mode) -> Work:
+def attention_kl(inputs: HeadInputs, mode: Mode) -> Work:
     """Forward: both score products and an exp of each. With the backward: dQ and dK more, and the same exps,
     as gradients can form while the tiles of the forward are there. Reads all inputs, writes the gradients.
     """
@@ -36,7 +39,7 @@ def attention_kl(inputs: Inputs, mode: Mode) -> Work:
     return Work(products * pairs, 2 * pairs, loss_bytes(inputs, mode))
 
 
-def relation_kl(inputs: Inputs, mode: Mode) -> Work:
+def relation_kl(inputs: HeadInputs, mode: Mode) -> Work:
     """As ``attention_kl``, but scores are symmetric: their products and exps are counted once for (i, j) and
     (j, i), and the gradient is one product, of D + its transpose.
     """
@@ -46,7 +49,7 @@ def relation_kl(inputs: Inputs, mode: Mode) -> Work:
     return Work(products * pairs, pairs, loss_bytes(inputs, mode))
 
 
-def attention_score_mse(inputs: Inputs, mode: Mode) -> Work:
+def attention_score_mse(inputs: HeadInputs, mode: Mode) -> Work:
     """The cheaper of two forms. Gram: six products of (D, N) by (N, D), of which the four of a tensor with
     itself are symmetric and count half; the backward multiplies rows by (D, D) four times. Direct: the score
     products, dQ and dK. No exps; reads all inputs, writes the gradients.
@@ -61,18 +64,18 @@ def attention_score_mse(inputs: Inputs, mode: Mode) -> Work:
     return Work(min(gram, direct), 0, loss_bytes(inputs, mode))
 
 
-def head_dims(inputs: Inputs) -> tuple[int, int]:
+def head_dims(inputs: HeadInputs) -> tuple[int, int]:
     """Of the student and of the teacher."""
     return inputs.leaves[0].shape[3], inputs.constants[0].shape[3]
 
 
-def loss_bytes(inputs: Inputs, mode: Mode) -> int:
+def loss_bytes(inputs: HeadInputs, mode: Mode) -> int:
     """Every input read and, unless ``mode`` is forward, a gradient written for every leaf."""
     moved = inputs.tensors if mode == "forward" else (*inputs.tensors, *inputs.leaves)
     return real_rows(inputs) * sum(x.shape[3] * x.element_size() for x in moved)
 
 
-def real_pairs(inputs: Inputs) -> int:
+def real_pairs(inputs: HeadInputs) -> int:
     """Query-key pairs of real tokens, over all heads."""
     batch, heads, length, _ = inputs.leaves[0].shape
     if inputs.mask is None:
@@ -80,6 +83,35 @@ def real_pairs(inputs: Inputs) -> int:
     return heads * int(inputs.mask.sum(1).double().square().sum())
 
 
-def real_rows(inputs: Inputs) -> int:
+def real_rows(inputs: HeadInputs) -> int:
     batch, heads, length, _ = inputs.leaves[0].shape
     return heads * (batch * length if inputs.mask is None else int(inputs.mask.sum()))
+
+
+def entropy(inputs: Inputs, mode: Mode) -> Work:
+    """An exp an element, in the backward once more; reads the logits each time, writes their gradient."""
+    (logits,) = inputs.leaves
+    elements, rows = logits.numel(), logits.shape[0]
+    forward = Work(0.0, elements, bytes_of(logits) + 4 * rows)
+    if mode == "forward":
+        return forward
+    return Work(0.0, 2 * elements, forward.bytes + 2 * bytes_of(logits) + 4 * rows)
+
+
+def exit_decision(inputs: Inputs, mode: Mode) -> Work:
+    """An exp an element; reads the logits, writes prediction, uncertainty, exited and order of a row."""
+    (logits,) = inputs.leaves
+    return Work(0.0, logits.numel(), bytes_of(logits) + (8 + 4 + 1 + 8) * logits.shape[0])
+
+
+def compact(inputs: HiddenInputs, mode: Mode) -> Work:
+    """Reads and writes every element of the samples that stay."""
+    (hidden,) = inputs.leaves
+    stay, cu_seqlens = inputs.stay, inputs.cu_seqlens
+    if cu_seqlens is None:
+        return Work(0.0, 0.0, 2 * bytes_of(hidden[0]) * int(stay.sum()))
+    return Work(0.0, 0.0, 2 * bytes_of(hidden[0, 0]) * int(cu_seqlens.diff()[stay].sum()))
+
+
+def bytes_of(x: Tensor) -> int:
+    return x.numel() * x.element_size()

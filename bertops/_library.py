@@ -1,7 +1,8 @@
 """Every operator schema of the package, with the fake that gives its output shapes and strides.
 
-``bertops._C`` registers the CPU kernels (csrc/cpu), ``bertops/ops/<op>.py`` the CUDA ones. Autograd lives
-outside the dispatcher, in the ``autograd.Function`` of ``bertops/ops/<op>.py``.
+``bertops._C`` registers the CPU kernels (csrc/cpu) and those written in CUDA C++ (csrc/cuda);
+``bertops/ops/<op>.py`` those written in Triton (kernels). Autograd lives outside the dispatcher, in the
+``autograd.Function`` of ``bertops/ops/<op>.py``.
 """
 
 import torch

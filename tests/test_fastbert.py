@@ -216,7 +216,7 @@ def test_the_students_learn_what_the_teacher_says():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.2 * losses[0], losses[::10]
 
 
@@ -334,6 +334,32 @@ def test_capacities_send_the_last_samples_away():
     torch.testing.assert_close(output.logits[5:], full.student_logits[0][5:], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.logits[:2], full.logits[:2], rtol=1e-4, atol=1e-5)
     assert (model.infer(ids, mask, speed=never_sure, capacities=0).exit_layer == 1).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("capacities", [7, [5, 5, 2]])
+def test_capacities_replay_as_a_cuda_graph(capacities):
+    model = make_model().cuda()
+    ids, mask = (x.cuda() for x in make_batch())
+    speed = middle_speed(model, ids, mask)
+    replayed = {"ids": torch.zeros_like(ids), "mask": torch.ones_like(mask)}
+
+    def infer(ids, mask):
+        return model.infer(ids, mask, speed=speed, capacities=capacities)
+
+    with torch.cuda.stream(torch.cuda.Stream()):  # warms up: compiles the kernels
+        infer(**replayed)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = infer(**replayed)
+    for shift in range(3):
+        replayed["ids"].copy_(ids.roll(shift, 0))
+        replayed["mask"].copy_(mask.roll(shift, 0))
+        graph.replay()
+        expected = infer(**replayed)
+        assert torch.equal(output.exit_layer, expected.exit_layer)
+        assert torch.equal(output.logits, expected.logits)
 
 
 @pytest.mark.parametrize("speed", [0.0, 0.5, 1.0])

@@ -36,9 +36,18 @@ def test_every_other_instruction_set_matches_the_oracle(level):
         "test_pair_losses.py",
         "test_attention_score_mse.py",
         "test_isa.py::test_half_values_and_rounding",
+        "test_entropy.py",
+        "test_exit_decision.py",
     ]
     result = run_with(
-        level, "-m", "pytest", "-p", "no:cacheprovider", *tests, "-k", f"({chosen}) or half_values"
+        level,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        *tests,
+        "-k",
+        f"({chosen}) or half_values or rows_match or nearly or strides_match or first_of_equals",
     )
     assert result.returncode == 0, result.stdout[-3000:]
 

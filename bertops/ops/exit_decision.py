@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bertops import _backend, reference
+from bertops.ops import _checks
 from bertops.ops.entropy import check_logits
 
 _exit_decision = torch.ops.bertops.exit_decision.default
@@ -55,11 +56,15 @@ def exit_decision(
     Source: Liu et al. 2020 (FastBERT), section 3.3, whose code exits at uncertainty <= speed as well.
     """
     check_logits(logits)
+    if not isinstance(threshold, int | float | torch.SymFloat):
+        raise TypeError(f"threshold must be a number, got {_checks.describe(threshold)}")
     largest = 1.0 if normalize else math.inf
     if not 0.0 <= threshold <= largest:
         unit = "the normalized entropy" if normalize else "an entropy in nats"
         raise ValueError(f"threshold must be in [0, {largest:g}], {unit}, got {threshold!r}")
+    if logits.requires_grad:
+        logits = logits.detach()
     backend = _backend.resolve("exit_decision", impl, logits.device)
     if backend == "reference":
-        return ExitDecision(*reference.exit_decision(logits.detach(), threshold, normalize))
+        return ExitDecision(*reference.exit_decision(logits, threshold, normalize))
     return ExitDecision(*_exit_decision(logits, threshold, normalize))

@@ -16,8 +16,9 @@ struct EntropyTerm {
 // What an element at distance d <= 0 adds to both sums. 0 for -inf, NaN for NaN.
 template <class V>
 BERTOPS_ENTROPY_INLINE EntropyTerm<V> entropy_term(V distance) {
-  const V power = exp_of(distance);
-  return {power, power == 0 ? V{} : power * distance};
+  const V finite = distance < -1000 ? V{} - 1000 : distance;  // e^-1000 is 0 in fp64 too
+  const V power = exp_of(finite);
+  return {power, power * finite};
 }
 
 template <class V>

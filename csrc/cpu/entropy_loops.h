@@ -17,18 +17,34 @@ BERTOPS_INLINE Places<T> place_of(int64_t c) {
   }
 }
 
-// The largest element of every lane and where it stands, the first of equals; NaN is larger than any number.
+// The largest element of every lane and where it stands, the first of equals; NaN is passed over.
 template <class T>
 struct Largest {
   Vec<T> value;
   Places<T> place;
 
   BERTOPS_INLINE void see(Vec<T> z, Places<T> at) {
-    const Places<T> larger = (z > value) | ((z != z) & (value == value));
+    const Places<T> larger = z > value;
     value = larger ? z : value;
     place = larger ? at : place;
   }
+
+  BERTOPS_INLINE void join(const Largest& other) {
+    const Places<T> earlier = (other.value == value) & (other.place < place);
+    const Places<T> wins = (other.value > value) | earlier;
+    value = wins ? other.value : value;
+    place = wins ? other.place : place;
+  }
 };
+
+// As torch.argmax has it, NaN is larger than any number: where the first of `count` elements stands, else `place`.
+template <class T>
+inline int64_t first_nan(const T* z, int64_t stride, int64_t count, int64_t place) {
+  for (int64_t c = 0; c < count; ++c) {
+    if (z[c * stride] != z[c * stride]) return c;
+  }
+  return place;
+}
 
 template <class T>
 BERTOPS_INLINE Largest<T> none_seen() {
@@ -90,8 +106,10 @@ inline void few_classes(const EntropyRows& p, int64_t first, int64_t last, T* bl
   for (int64_t row = first; row < last; row += kLanes<T>) {
     const int64_t rows = min_of(kLanes<T>, last - row);
     load_block(logits + row * p.row_stride, p.row_stride, p.stride, rows, p.classes, block);
-    Largest<T> largest = none_seen<T>();
-    for (int64_t c = 0; c < p.classes; ++c) largest.see(load(block + c * kLanes<T>), place_of<T>(c));
+    Largest<T> largest = none_seen<T>(), second = none_seen<T>();  // two chains of comparisons, not one
+    for (int64_t c = 0; c < p.classes; c += 2) largest.see(load(block + c * kLanes<T>), place_of<T>(c));
+    for (int64_t c = 1; c < p.classes; c += 2) second.see(load(block + c * kLanes<T>), place_of<T>(c));
+    largest.join(second);
     RowSums<T> sums = {};
     for (int64_t c = 0; c < p.classes; ++c) sums.add(load(block + c * kLanes<T>), place_of<T>(c), largest);
     if (p.grad_logits == nullptr) {
@@ -99,7 +117,10 @@ inline void few_classes(const EntropyRows& p, int64_t first, int64_t last, T* bl
       const Vec<T> result = p.bounded ? uncertainty_of(nats, unit, top) : nats * unit;
       for (int64_t lane = 0; lane < rows; ++lane) {
         static_cast<T*>(p.entropy)[row + lane] = result[lane];
-        if (p.prediction != nullptr) p.prediction[row + lane] = largest.place[lane];
+        if (p.prediction == nullptr) continue;
+        const int64_t place = largest.place[lane];
+        p.prediction[row + lane] =
+            result[lane] == result[lane] ? place : first_nan(block + lane, kLanes<T>, p.classes, place);
       }
       continue;
     }
@@ -123,9 +144,7 @@ BERTOPS_INLINE Largest<T> over_lanes(const Largest<T>& lanes) {
   int best = 0;
   for (int lane = 1; lane < kLanes<T>; ++lane) {
     const T z = lanes.value[lane], other = lanes.value[best];
-    const bool equal = z == other || (z != z && other != other);
-    const bool larger = z > other || (z != z && other == other);
-    if (larger || (equal && lanes.place[lane] < lanes.place[best])) best = lane;
+    if (z > other || (z == other && lanes.place[lane] < lanes.place[best])) best = lane;
   }
   return {broadcast(lanes.value[best]), Places<T>{} + lanes.place[best]};
 }
@@ -155,8 +174,11 @@ inline void many_classes(const EntropyRows& p, int64_t first, int64_t last, T* s
     const Vec<T> rest = broadcast(sum_of<T>(sums.rest)), weighted = broadcast(sum_of<T>(sums.weighted));
     if (p.grad_logits == nullptr) {
       const Vec<T> nats = entropy_of(largest.value, rest, weighted);
-      static_cast<T*>(p.entropy)[row] = (p.bounded ? uncertainty_of(nats, unit, top) : nats * unit)[0];
-      if (p.prediction != nullptr) p.prediction[row] = largest.place[0];
+      const T result = (p.bounded ? uncertainty_of(nats, unit, top) : nats * unit)[0];
+      static_cast<T*>(p.entropy)[row] = result;
+      if (p.prediction == nullptr) continue;
+      const int64_t place = largest.place[0];
+      p.prediction[row] = result == result ? place : first_nan(scratch, 1, p.classes, place);
       continue;
     }
     const Vec<T> grad = broadcast(static_cast<const T*>(p.grad)[row * p.grad_stride] * unit);

@@ -43,19 +43,22 @@ struct Exp2 {
   Vec<T> value, less_one;
 };
 
-// For x up to 127: 0 and -1 below -126 (-inf too), NaN for NaN. x = n + r with |r| <= 1/2; 2^r - 1 by a polynomial of
-// degree 6 without constant term; 2^r has relative error 2e-9, found by Remez exchange.
-BERTOPS_INLINE Exp2<float> exp2_and_less_one(Vec<float> x) {
-  typedef int32_t IntVec __attribute__((vector_size(BERTOPS_VEC_BYTES)));
-  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-  const Vec<float> shifted = x + magic;
-  const Vec<float> r = x - (shifted - magic);
+// (2^r - 1) / r for |r| <= 1/2: 2^r has relative error 2e-9, found by Remez exchange.
+BERTOPS_INLINE Vec<float> exp2_series(Vec<float> r) {
   Vec<float> p = broadcast(1.53458121613e-4f);
   p = p * r + 1.33999311772e-3f;
   p = p * r + 9.61848895633e-3f;
   p = p * r + 5.55032877711e-2f;
   p = p * r + 2.40226468906e-1f;
-  p = p * r + 6.93147205737e-1f;
+  return p * r + 6.93147205737e-1f;
+}
+
+// For x up to 127: 0 and -1 below -126 (-inf too), NaN for NaN. x = n + r with |r| <= 1/2.
+BERTOPS_INLINE Exp2<float> exp2_and_less_one(Vec<float> x) {
+  typedef int32_t IntVec __attribute__((vector_size(BERTOPS_VEC_BYTES)));
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  const Vec<float> shifted = x + magic;
+  const Vec<float> r = x - (shifted - magic), p = exp2_series(r);
   const IntVec exponent = (reinterpret_cast<IntVec>(shifted) << 23) + (127 << 23);
   const Vec<float> power = reinterpret_cast<Vec<float>>(exponent);
   const auto none = x < -126.f;
@@ -80,14 +83,17 @@ BERTOPS_INLINE Vec<double> exp2(Vec<double> x) {
   return p;
 }
 
-// e^x for x <= 0, with the digits that rounding x log2(e) would lose.
+// e^x for x up to 88, within 2 units in the last place: 0 below -87.3 (-inf too), NaN for NaN. x = n ln 2 + r, where
+// n times the first part of ln 2 is exact.
 BERTOPS_INLINE Vec<float> exp(Vec<float> x) {
-  const float log2e = 1.44269504f, remainder = 1.92596299e-8f;
-  const Vec<float> bounded = x < -200.f ? broadcast(-200.f) : x;  // -inf has no difference to itself
-  const Vec<float> y = bounded * log2e;
-  const Vec<float> lost = (bounded * log2e - y) + bounded * remainder;
-  const Vec<float> power = exp2(y);
-  return power + power * (lost * static_cast<float>(kLn2));
+  typedef int32_t IntVec __attribute__((vector_size(BERTOPS_VEC_BYTES)));
+  const float magic = 12582912.f;  // see exp2_and_less_one
+  const Vec<float> shifted = x * static_cast<float>(kLog2E) + magic, n = shifted - magic;
+  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const IntVec exponent = (reinterpret_cast<IntVec>(shifted) << 23) + (127 << 23);
+  const Vec<float> y = r * static_cast<float>(kLog2E);
+  const Vec<float> value = (exp2_series(y) * y + 1.f) * reinterpret_cast<Vec<float>>(exponent);
+  return x < -87.3f ? Vec<float>{} : value;
 }
 
 BERTOPS_INLINE Vec<double> exp(Vec<double> x) {

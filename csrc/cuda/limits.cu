@@ -1,18 +1,11 @@
 // Kernels that measure what the GPU can do at most; the bench prints every kernel's share of it.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdint>
 #include <tuple>
 
-namespace {
+#include "cuda/launch.cuh"
 
-using torch::stable::Tensor;
+namespace bertops {
+namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 8;  // 2048 threads, all that an SM holds
@@ -37,32 +30,18 @@ __global__ void empty_kernel() {}
 
 // ---- kernel launchers
 
-cudaStream_t current_stream(const Tensor& like) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "bertops limits: ", cudaGetErrorString(error));
-}
-
 // A sum a thread, so that nothing is optimised away, and the number of exponentials.
 std::tuple<Tensor, int64_t> limits_exp(const Tensor& like, int64_t steps) {
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  int sms = 0;
-  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, like.get_device_index()));
-  const int64_t blocks = static_cast<int64_t>(sms) * kBlocksPerSm;
-  Tensor sums = torch::stable::new_empty(like, {blocks * kThreads}, torch::headeronly::ScalarType::Float);
-  exp_kernel<<<blocks, kThreads, 0, current_stream(like)>>>(steps, static_cast<float*>(sums.data_ptr()));
-  check(cudaGetLastError());
+  const DeviceGuard guard(like.get_device_index());
+  const int64_t blocks = multiprocessors("_limits_exp", like) * kBlocksPerSm;
+  Tensor sums = torch::stable::new_empty(like, {blocks * kThreads}, ScalarType::Float);
+  launch("_limits_exp", like, {blocks, kThreads}, exp_kernel, steps, static_cast<float*>(sums.data_ptr()));
   return {sums, blocks * kThreads * kChains * steps};
 }
 
 void limits_launch(const Tensor& like) {
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  empty_kernel<<<1, 1, 0, current_stream(like)>>>();
-  check(cudaGetLastError());
+  const DeviceGuard guard(like.get_device_index());
+  launch("_limits_launch", like, {1, 1}, empty_kernel);
 }
 
 }  // namespace
@@ -71,3 +50,5 @@ STABLE_TORCH_LIBRARY_IMPL(bertops, CUDA, m) {
   m.impl("_limits_exp", TORCH_BOX(&limits_exp));
   m.impl("_limits_launch", TORCH_BOX(&limits_launch));
 }
+
+}  // namespace bertops
