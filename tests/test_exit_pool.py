@@ -17,11 +17,12 @@ from bertops.early_exit.queues import Chunk, LayerQueues, Sample
 from exit_models import IDS, TOKEN_TYPES, Fault, TracingCriterion, TracingModel, check_answer
 from test_fastbert import make_batch, make_model, middle_speed
 
-LONG = 30.0  # seconds that no test waits for: what comes earlier came for another reason
+LONG = 20.0  # seconds; what takes longer hangs
+NEVER = 1e6
 LAYERS = 4
 
 
-def open_pool(model=None, *, never=False, max_batch=4, max_wait_s=LONG, max_stall_s=LONG, max_pending=4096):
+def open_pool(model=None, *, never=False, max_batch=4, max_wait_s=NEVER, max_stall_s=NEVER, max_pending=4096):
     limits = {"max_batch": max_batch, "max_wait_s": max_wait_s, "max_stall_s": max_stall_s}
     criterion = TracingCriterion(never)
     return ExitPool(model or TracingModel(LAYERS), criterion=criterion, max_pending=max_pending, **limits)
@@ -43,7 +44,7 @@ def together(count, target):
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -107,10 +108,10 @@ def test_empty_queues_wait_for_nothing():
     assert queues.next_layer(1e9, hurry=True) is None and queues.due() is None
 
 
-def test_take_splits_the_last_chunk_and_keeps_the_order():
+def test_take_splits_a_chunk_and_keeps_the_order():
     queues = LayerQueues(2, 4, 1.0, 1.0)
     samples = [sample(float(i)) for i in range(7)]
-    for i, part in enumerate((samples[:3], samples[3:])):
+    for i, part in enumerate((samples[:3], samples[3:6], samples[6:])):
         rows = chunk_of(part, float(i))
         rows.hidden += torch.arange(rows.hidden.shape[1])[:, None] + 100 * i
         queues.put(2, rows)
@@ -118,7 +119,8 @@ def test_take_splits_the_last_chunk_and_keeps_the_order():
     assert [s for chunk in first for s in chunk.samples] == samples[:4]
     assert [chunk.hidden[0, :, 0].tolist() for chunk in first] == [[0, 1, 2, 3, 4, 5], [100, 101]]
     assert [s for chunk in rest for s in chunk.samples] == samples[4:]
-    assert rest[0].hidden[0, :, 0].tolist() == list(range(102, 108)) and rest[0].entered == 1
+    assert [chunk.hidden[0, :, 0].tolist() for chunk in rest] == [[102, 103, 104, 105], [200, 201]]
+    assert [chunk.entered for chunk in rest] == [1, 2]
     assert queues.waiting == [0, 0, 0] and queues.take(2) == []
 
 
@@ -134,6 +136,7 @@ def test_queues_lose_nobody_keep_order_and_stay_bounded(num_layers, max_batch, s
     queues = LayerQueues(num_layers, max_batch, max_wait_s=2.0, max_stall_s=5.0)
     rng = random.Random(seed)
     now, submitted, left = 0.0, [], []
+    ran = [[] for _ in range(num_layers + 1)]
 
     def run_one(hurry):
         layer = queues.next_layer(now, hurry)
@@ -142,8 +145,8 @@ def test_queues_lose_nobody_keep_order_and_stay_bounded(num_layers, max_batch, s
         assert all(n < max_batch for n in queues.waiting[layer + 1 :]), "a deeper layer is full"
         batch = [s for chunk in queues.take(layer) for s in chunk.samples]
         assert 1 <= len(batch) <= max_batch
-        order = [submitted.index(s) for s in batch]
-        assert order == sorted(order)
+        ran[layer] += [submitted.index(s) for s in batch]
+        assert ran[layer] == sorted(ran[layer]), "somebody was overtaken"
         staying = [s for s in batch if layer < num_layers and rng.random() < stay]
         left.extend(s for s in batch if s not in staying)
         if staying:
@@ -193,8 +196,8 @@ def test_every_request_of_every_thread_gets_its_own_answer_once(max_batch, max_w
 @given(
     work=st.lists(st.tuples(st.integers(0, LAYERS), st.integers(0, LAYERS), st.booleans()), max_size=40),
     max_batch=st.integers(1, 8),
-    max_wait_s=st.sampled_from([0.0, 0.0005, LONG]),
-    max_stall_s=st.sampled_from([0.0, 0.0005, LONG]),
+    max_wait_s=st.sampled_from([0.0, 0.0005, NEVER]),
+    max_stall_s=st.sampled_from([0.0, 0.0005, NEVER]),
     room=st.integers(0, 20),
 )
 def test_random_schedules_with_failures_and_cancellations(work, max_batch, max_wait_s, max_stall_s, room):
@@ -359,39 +362,42 @@ def test_waiting_hidden_states_are_bounded_whatever_is_pending():
 
 def test_a_batch_that_is_not_full_waits_for_max_wait():
     model = TracingModel(LAYERS)
-    with open_pool(model, max_wait_s=0.05) as pool:
-        first = pool.submit([4, 0, 1])
-        time.sleep(0.01)
-        second = pool.submit([1, 0, 2])
-        assert first.result(LONG).latency_s >= 0.05
-        assert second.result(LONG).latency_s >= 0.03  # ran with the first, not at once and not later
+    with open_pool(model, max_wait_s=0.3) as pool:
+        futures = [pool.submit([4, 0, 1]), pool.submit([1, 0, 2])]
+        assert futures[0].result(LONG).latency_s >= 0.3
         assert model.log == [(1, 2), (2, 1), (3, 1), (4, 1)]
 
 
 def test_a_full_batch_does_not_wait():
     model = TracingModel(LAYERS)
     with open_pool(model, max_batch=2) as pool:
-        futures = [pool.submit([2, 0, i]) for i in range(2)]
-        wait(futures, LONG / 2)
+        pool.submit([2, 0])
+        time.sleep(0.02)  # the pool's thread sleeps until the first is due, and has to be woken
+        pool.submit([2, 0]).result(LONG / 2)
         assert model.log == [(1, 2), (2, 2)]
 
 
 def test_a_full_pool_does_not_wait_for_a_full_batch():
     model = TracingModel(LAYERS)
     with open_pool(model, max_batch=4, max_pending=4) as pool:
+        for ids in requests(3):
+            pool.submit(ids)
+        time.sleep(0.02)
         for ids in requests(40):
             pool.submit(ids, timeout=LONG / 2)
 
 
 def test_a_stalled_sample_runs_ahead_of_full_batches():
     model = TracingModel(LAYERS)
-    with open_pool(model, max_batch=4, max_stall_s=0.0, max_pending=64) as pool:
-        model.gate.clear()
-        futures = [pool.submit([1 + 3 * (i == 0), 0, i]) for i in range(40)]
+    model.gate.clear()
+    with open_pool(model, max_batch=4, max_stall_s=0.0) as pool:
+        pool.submit([1, 0])
+        assert model.entered.wait(LONG)
+        for i in range(40):
+            pool.submit([4 if i == 0 else 1, 0, i])
         model.gate.set()
-        assert futures[0].result(LONG).exit_layer == 4
-    # The first sample goes through alone; without max_stall_s the nine batches that follow come first.
-    assert model.log[:4] == [(1, 4), (2, 1), (3, 1), (4, 1)]
+    # Without max_stall_s nine full batches of layer 1 come before layer 2.
+    assert model.log[:5] == [(1, 1), (1, 4), (2, 1), (3, 1), (4, 1)]
 
 
 # Backpressure
@@ -412,7 +418,7 @@ def test_submit_blocks_at_max_pending_and_goes_on_when_there_is_room():
             if i == 8:
                 model.gate.set()
             else:
-                futures.append(pool.submit([1, 0, i], timeout=LONG))
+                futures.append(pool.submit([1, 0, i]))
 
         together(9, client)
     assert pool.stats().answered == len(futures) == 12
@@ -526,6 +532,25 @@ def test_close_without_drain_finishes_the_batch_that_runs_and_cancels_the_rest()
     assert (stats.answered, stats.cancelled, stats.pending) == (1, 5, 0)
 
 
+@pytest.mark.parametrize("drain", [True, False])
+def test_close_wakes_everybody_who_waits_for_room(drain):
+    model = TracingModel(LAYERS)
+    model.gate.clear()
+    pool = open_pool(model, max_batch=1, max_pending=1)
+    pool.submit([1, 0])
+
+    def act(i):
+        if i == 0:
+            time.sleep(0.05)  # the others are waiting
+            threading.Timer(0.02, model.gate.set).start()
+            pool.close(drain)
+        else:
+            with pytest.raises(RuntimeError, match="closed"):
+                pool.submit([1, 0])
+
+    together(5, act)
+
+
 def test_an_exception_in_the_with_block_cancels_and_does_not_hang():
     with pytest.raises(KeyError), open_pool() as pool:
         future = pool.submit([4, 0])
@@ -587,26 +612,33 @@ def test_nan_goes_to_the_last_layer_and_harms_nobody():
         check_answer(future.result(0), [0 if i == 1 else 2, 0, i])
 
 
-def test_a_fault_of_the_pool_itself_fails_everybody(monkeypatch):
-    pool = open_pool()
+@pytest.mark.parametrize("place", ["choosing", "answering"])
+def test_a_fault_of_the_pool_itself_fails_everybody(place, monkeypatch):
+    model = TracingModel(LAYERS)
+    model.gate.clear()
+    pool = open_pool(model, max_batch=2)
     boom = AssertionError("boom")
 
-    def broken(layer):
+    def broken(*args):
         raise boom
 
-    monkeypatch.setattr(pool._queues, "take", broken)
-    first = pool.submit([1, 0])
-    cancelled = pool.submit([1, 0])
-    cancelled.cancel()
-    futures = [first, *[pool.submit([1, 0]) for _ in range(2)]]
-    assert not wait([*futures, cancelled], LONG / 2).not_done
-    assert [future.exception(0) for future in futures] == [boom] * 3
+    futures = [pool.submit([1, 0]) for _ in range(5)]
+    assert model.entered.wait(LONG)
+    futures[4].cancel()
+    target = (pool._queues, "take") if place == "choosing" else (pool._tally, "answer")
+    monkeypatch.setattr(*target, broken)
+    model.gate.set()
+    assert not wait(futures, LONG).not_done
+    answered = 2 if place == "choosing" else 0
+    assert [future.exception(0) for future in futures[answered:4]] == [boom] * (4 - answered)
+    assert futures[4].cancelled()
     pool._worker.join(LONG)
     with pytest.raises(RuntimeError, match="failed") as caught:
         pool.submit([1, 0])
     assert caught.value.__cause__ is boom
     pool.close()
-    assert pool.stats().failed == 3 and pool.stats().cancelled == 1
+    stats = pool.stats()
+    assert (stats.answered, stats.failed, stats.cancelled) == (answered, 4 - answered, 1)
 
 
 # Bad input

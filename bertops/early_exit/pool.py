@@ -355,24 +355,26 @@ class ExitPool:
         """The samples leave the pool, then their futures get what came of them."""
         if not outcomes:
             return
-        live = [sample.future.set_running_or_notify_cancel() for sample, _ in outcomes]
+        futures = [sample.future for sample, _ in outcomes]
+        # Running already: a fault of the pool came while it was being answered.
+        live = [future.running() or future.set_running_or_notify_cancel() for future in futures]
         with self._lock:
             for (sample, outcome), alive in zip(outcomes, live, strict=True):
-                self._inside.remove(sample)
                 if not alive:
                     self._tally.cancelled += 1
                 elif isinstance(outcome, PoolAnswer):
                     self._tally.answer(outcome.exit_layer, sample.submitted, outcome.latency_s)
                 else:
                     self._tally.failed += 1
+            self._inside.difference_update([sample for sample, _ in outcomes])
             self._room.notify(len(outcomes))
-        for (sample, outcome), alive in zip(outcomes, live, strict=True):
+        for future, (_, outcome), alive in zip(futures, outcomes, live, strict=True):
             if not alive:
                 continue
             if isinstance(outcome, PoolAnswer):
-                sample.future.set_result(outcome)
+                future.set_result(outcome)
             else:
-                sample.future.set_exception(outcome)
+                future.set_exception(outcome)
 
 
 def _join(chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
