@@ -190,9 +190,10 @@ def time_pool(model: FastBert, rows: Rows, speed: float, budget_s: float) -> dic
             model.infer(input_ids, mask, speed=speed)
 
     def run_pool(_: Any) -> None:
-        with ExitPool(model, speed=speed, max_batch=SERVED, max_wait_s=1.0, max_stall_s=30.0) as pool:
-            for future in [pool.submit(ids) for ids in some.ids]:
-                future.result()
+        with ExitPool(model, speed=speed, max_batch=SERVED, max_wait_s=30.0, max_stall_s=30.0) as pool:
+            futures = [pool.submit(ids) for ids in some.ids]
+        for future in futures:  # closing has answered them
+            future.result()
 
     runs: Iterable[tuple[str, Callable[[Any], None]]] = (
         ("full", run_full),
@@ -268,7 +269,7 @@ def report(run: dict[str, Any]) -> str:
     lines.append(f"{'pool':>8}  {full:8.0f}" + "".join(f"{rate(p, 'pool'):>18}" for p in pools))
     lines += [
         "",
-        f"first {CURVE_ROWS} rows of dev at other speeds, mean over seeds:",
+        f"dev at other speeds (its first {CURVE_ROWS} rows), mean over seeds:",
         "speed  accuracy, %  exit layer  FLOPs  batch 32",
     ]
     for speed in CURVE:
