@@ -95,7 +95,7 @@ def run_in_groups(
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def wrong(results: Sequence[Tensor], expected: Truth, inputs: Inputs) -> str | None:

@@ -32,7 +32,7 @@ import bertops
 from bench import paired, plots
 from bench.memory import METHODS, peak_extra_bytes
 from bench.real import DEFAULT_MODEL, model_folder, texts
-from bench.report import write_whole
+from bertops._files import write_whole
 from bertops.cli import machine, positive
 from bertops.distill import layer_map
 from bertops.distill.capture import Tap

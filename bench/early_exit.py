@@ -26,7 +26,7 @@ from tqdm import tqdm
 from bench import paired, plots
 from bench.exit_training import Recipe, Rows, Task, new_model, read_task
 from bench.real import DEFAULT_MODEL
-from bench.report import write_whole
+from bertops._files import write_whole
 from bertops.cli import machine, positive
 from bertops.early_exit import Calibration, ExitPool, calibrate_speed, exit_flops, full_flops
 from bertops.models import FastBert

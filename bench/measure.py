@@ -205,7 +205,10 @@ class Comparison:
         return Contestant(name, lambda _: torch.autograd.grad(call(*leaves, *constants), leaves, grads))
 
     def seen_by(self, provider: Provider) -> Inputs:
-        return replace(self.inputs, mask=None) if provider.ignores_mask else self.inputs
+        if not provider.ignores_mask:
+            return self.inputs
+        assert isinstance(self.inputs, HeadInputs)
+        return replace(self.inputs, mask=None)
 
     def truth(self, provider: Provider, mode: Mode) -> correctness.Truth:
         gradients = mode != "forward" or self.case.modes != ("forward",)
@@ -214,6 +217,7 @@ class Comparison:
             op, inputs = self.op, self.seen_by(provider)
             names = [*op.outputs, *(f"grad {name}" for name in op.takes.leaf_names)]
             if op.is_loss:
+                assert isinstance(inputs, HeadInputs)
                 self.truths[key] = correctness.loss_truth(
                     op.reference, names, inputs, self.part, self.upstream[0], gradients
                 )

@@ -3,8 +3,6 @@
 import base64
 import html
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from bench import plots
 from bench.measure import BASE
+from bertops._files import write_whole
 
 COLUMNS = ("provider", "time", "± IQR", "vs bertops", "rate", "of limit", "extra MB", "status")
 
@@ -25,21 +24,6 @@ def write(data: dict[str, Any], out: Path) -> list[Path]:
     for name, content in files.items():
         write_whole(out / name, content)
     return [out / name for name in files]
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """The file is the old one or the new one, never a part of it."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def table(run: dict[str, Any]) -> str:

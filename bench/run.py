@@ -13,7 +13,7 @@ from bench import limits
 from bench.measure import Comparison, Op, Result
 from bench.memory import METHODS
 from bench.real import RealModel
-from bench.shapes import Case, Inputs, Mode, Scope, Takes
+from bench.shapes import Case, HeadCase, Inputs, Mode, Scope, Takes
 from bertops.cli import machine
 
 BUDGET_S = {"quick": 0.4, "lengths": 1.0, "full": 3.0}  # of timing, a comparison
@@ -65,10 +65,11 @@ class Run:
 
     def inputs(self, takes: Takes, case: Case) -> Inputs:
         if (takes, case) not in self._inputs:
-            random = case.source == "random"
-            self._inputs[takes, case] = (
-                case.draw(takes, self.device) if random else self.model.inputs(takes, case)
-            )
+            if case.source == "random":
+                self._inputs[takes, case] = case.draw(takes, self.device)
+            else:
+                assert isinstance(case, HeadCase)
+                self._inputs[takes, case] = self.model.inputs(takes, case)
         return self._inputs[takes, case]
 
     def result(self, op: Op, case: Case, mode: Mode, provider: str) -> Result:

@@ -45,6 +45,7 @@ from bench.row_providers import eager_entropy, eager_exit_and_prediction, index_
 from bench.row_shapes import HIDDEN, LOGITS, HiddenCase, LogitsCase  # noqa: E402
 from bench.shapes import QK_PAIR, QKV, V_PAIR  # noqa: E402
 from bertops import reference  # noqa: E402
+from bertops._files import write_whole
 
 CPU = torch.device("cpu")
 LIMITS = Limits(
@@ -566,9 +567,9 @@ def test_an_interrupted_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("os.fsync", interrupted)
-        report.write_whole(path, b"new and longer")
+        write_whole(path, b"new and longer")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    report.write_whole(path, b"new")
+    write_whole(path, b"new")
     assert path.read_bytes() == b"new"
 
 

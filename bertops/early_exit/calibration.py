@@ -4,7 +4,6 @@ import io
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bertops._files import write_whole
 from bertops.early_exit.criteria import Criterion, NormalizedEntropy
 from bertops.early_exit.flops import exit_flops, full_flops
 from bertops.ops.exit_decision import exit_decision
@@ -328,16 +328,3 @@ def plot_calibration(calibration: Calibration, path: str | os.PathLike[str]) -> 
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.removeprefix(".") or "png")
     write_whole(path, content.getvalue())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """The file is the old one or the new one, never a part of it."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
