@@ -45,7 +45,7 @@ from bench.row_providers import eager_entropy, eager_exit_and_prediction, index_
 from bench.row_shapes import HIDDEN, LOGITS, HiddenCase, LogitsCase  # noqa: E402
 from bench.shapes import QK_PAIR, QKV, V_PAIR  # noqa: E402
 from bertops import reference  # noqa: E402
-from bertops._files import write_whole
+from bertops._files import write_whole  # noqa: E402
 
 CPU = torch.device("cpu")
 LIMITS = Limits(
