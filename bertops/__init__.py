@@ -10,6 +10,7 @@ from bertops.ops.attention_with_scores import attention_with_scores
 from bertops.ops.compact import compact, compact_packed
 from bertops.ops.entropy import entropy
 from bertops.ops.exit_decision import ExitDecision, exit_decision
+from bertops.ops.factorized_embedding import factorized_embedding
 from bertops.ops.relation_kl import relation_kl
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "compact_packed",
     "entropy",
     "exit_decision",
+    "factorized_embedding",
     "nn",
     "relation_kl",
     "use_impl",

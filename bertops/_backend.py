@@ -22,6 +22,7 @@ IMPLEMENTATIONS = {
     "exit_decision": ("cpu", "cuda", "reference"),
     "compact": ("cpu", "cuda", "reference"),
     "compact_packed": ("cpu", "cuda", "reference"),
+    "factorized_embedding": ("cpu", "triton", "reference"),
 }
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -212,6 +212,78 @@ def _(hidden, cu_seqlens, order, num_tokens):
     )
 
 
+# ALBERT's and BERT's embedding: ids are (B, N), tables (rows, E), projection (H, E) as nn.Linear holds it.
+_EMBEDDING = (
+    "Tensor input_ids, Tensor? position_ids, Tensor? token_type_ids, Tensor? cu_seqlens,"
+    " Tensor word, Tensor? position, Tensor? token_type, Tensor? norm_weight, Tensor? norm_bias,"
+    " Tensor? projection, Tensor? projection_bias, float eps, float dropout_p, Tensor? seed"
+)
+# Gradients of word to projection_bias, in that order; one that is not wanted is empty.
+_define(f"factorized_embedding_fwd({_EMBEDDING}) -> (Tensor, Tensor, Tensor)")
+_define(
+    f"factorized_embedding_bwd(Tensor grad_out, {_EMBEDDING}, Tensor mean, Tensor rstd,"
+    " int? padding_idx, int? position_padding_idx, bool sparse, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("bertops::factorized_embedding_fwd")
+def _(
+    input_ids,
+    position_ids,
+    token_type_ids,
+    cu_seqlens,
+    word,
+    position,
+    token_type,
+    norm_weight,
+    norm_bias,
+    projection,
+    projection_bias,
+    eps,
+    dropout_p,
+    seed,
+):
+    last = word if projection is None else projection
+    width = word.shape[1] if projection is None else projection.shape[0]
+    moment = word.new_empty(input_ids.shape, dtype=accumulator_dtype(word.dtype))
+    return last.new_empty((*input_ids.shape, width)), moment, moment.new_empty(moment.shape)
+
+
+@torch.library.register_fake("bertops::factorized_embedding_bwd")
+def _(
+    grad_out,
+    input_ids,
+    position_ids,
+    token_type_ids,
+    cu_seqlens,
+    word,
+    position,
+    token_type,
+    norm_weight,
+    norm_bias,
+    projection,
+    projection_bias,
+    eps,
+    dropout_p,
+    seed,
+    mean,
+    rstd,
+    padding_idx,
+    position_padding_idx,
+    sparse,
+    wanted,
+):
+    parameters = (word, position, token_type, norm_weight, norm_bias, projection, projection_bias)
+    grads = [
+        word.new_empty((0,)) if x is None or not want else x.new_empty(x.shape)
+        for x, want in zip(parameters, wanted, strict=True)
+    ]
+    if sparse and wanted[0]:
+        grads[0] = word.new_empty((input_ids.numel(), word.shape[1]))
+    return tuple(grads)
+
+
 # What the machine can do at most, for the bench: work on every thread of the device of ``like`` and count it.
 _define("_limits_fma(Tensor like, int steps) -> (Tensor, int)")
 _define("_limits_exp(Tensor like, int steps) -> (Tensor, int)")

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bertops._library import accumulator_dtype
 
@@ -103,6 +104,51 @@ def compact_packed(hidden, cu_seqlens, order, num_tokens):
     return hidden[:, cu_seqlens[order][sequence] + position], offsets
 
 
+def factorized_embedding(
+    input_ids,
+    position_ids,
+    token_type_ids,
+    cu_seqlens,
+    word,
+    position,
+    token_type,
+    norm_weight,
+    norm_bias,
+    projection,
+    projection_bias,
+    eps,
+    dropout_p=0.0,
+    seed=None,
+    padding_idx=None,
+    position_padding_idx=None,
+):
+    """Returns (B, N, H), (B, N, E) without a projection; see the public op."""
+    shape = input_ids.shape
+    if position_ids is None:
+        position_ids = default_positions(input_ids, cu_seqlens)
+    rows = F.embedding(input_ids, word, padding_idx)
+    if position is not None:
+        rows = rows + F.embedding(position_ids.expand(shape), position, position_padding_idx)
+    if token_type is not None:
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids.expand(shape)
+        rows = rows + F.embedding(types, token_type)
+    hidden = F.layer_norm(rows, rows.shape[-1:], norm_weight, norm_bias, eps)
+    if dropout_p > 0:
+        keep = embedding_dropout_keep(hidden, cu_seqlens, dropout_p, seed)
+        hidden = torch.where(keep, hidden / (1 - dropout_p), 0.0)
+    if projection is None:
+        return hidden
+    return F.linear(hidden.to(projection.dtype), projection, projection_bias)
+
+
+def default_positions(input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(1, N): columns, counted from the start of every packed sequence."""
+    length = input_ids.shape[1]
+    if cu_seqlens is not None:
+        return sequence_positions(length, cu_seqlens)[1][None]
+    return torch.arange(length, device=input_ids.device)[None]
+
+
 def _scores(q, k, mask, scale):
     """(B, H, N, N), before softmax, in the dtype of losses."""
     if scale is None:
@@ -171,6 +217,32 @@ def dropout_keep(x: Tensor, cu_seqlens: Tensor | None, dropout_p: float, seed: T
     )
     words = torch.stack(philox(counter, seed), -1)
     word = words.gather(-1, (position % 4).expand(shape)[..., None]).squeeze(-1)
+    return word >= dropout_threshold(dropout_p)
+
+
+def embedding_dropout_keep(
+    hidden: Tensor, cu_seqlens: Tensor | None, dropout_p: float, seed: Tensor
+) -> Tensor:
+    """(B, N, E) bool: which elements survive.
+
+    Word e % 4 of Philox4x32-10 with the counter (e // 4, i, 0, sequence) and the 64-bit ``seed`` as key, kept
+    where it is at least dropout_p * 2**32. Rows of packed input count from their sequence's start.
+    """
+    batch, length, width = hidden.shape
+    element = torch.arange(width, device=hidden.device)
+    position = torch.arange(length, device=hidden.device)
+    sequence = torch.arange(batch, device=hidden.device)[:, None].expand(batch, length)
+    if cu_seqlens is not None:
+        row_sequence, position = sequence_positions(length, cu_seqlens)
+        sequence = row_sequence[None]
+    counter = (
+        (element // 4).expand(hidden.shape),
+        position[None, :, None].expand(hidden.shape),
+        torch.zeros((), dtype=torch.int64, device=hidden.device).expand(hidden.shape),
+        sequence[:, :, None].expand(hidden.shape),
+    )
+    words = torch.stack(philox(counter, seed), -1)
+    word = words.gather(-1, (element % 4).expand(hidden.shape)[..., None]).squeeze(-1)
     return word >= dropout_threshold(dropout_p)
 
 
