@@ -99,7 +99,8 @@ def factorized_embedding(
     et al. 2019 (BERT), section 3, without the projection.
     """
     ids = input_ids, position_ids, token_type_ids, cu_seqlens
-    parameters = word, position, token_type, norm_weight, norm_bias, projection, projection_bias
+    tables = word, position, token_type, norm_weight, norm_bias
+    parameters: tuple[Any, ...] = (*tables, projection, projection_bias)
     _check_parameters(parameters)
     _check_ids(ids, parameters)
     padding_idx = _check_padding("padding_idx", padding_idx, "word", word)
@@ -278,7 +279,7 @@ def _check_padding(name: str, index: int | None, table_name: str, table: Tensor 
     return index % rows
 
 
-def _autocast(parameters: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _autocast(parameters: tuple[Any, ...]) -> tuple[Any, ...]:
     """The projection in the autocast dtype, as ``nn.Linear`` would have it."""
     *tables, projection, bias = parameters
     if projection is None or projection.dtype == torch.float64:
