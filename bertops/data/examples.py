@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bertops.data._host import integers
+from bertops.data.corpus import TokenCorpus
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Sequences:
 class Examples(Protocol):
     """A source of sequences: ``SentenceBlocks`` or ``SentenceOrderPairs``."""
 
-    length: int
+    corpus: TokenCorpus
+    length: int  # most tokens of a sequence
 
     def count(self, epoch: int = 0) -> int:
         """How many sequences an epoch has."""

@@ -77,8 +77,9 @@ class SentenceOrderPairs:
 
     def pairs(self, epoch: int = 0) -> SentencePairs:
         """All pairs of an epoch; those of the last one asked for are kept."""
-        if self._made is None or self._made[0] != epoch:
-            made = host().sentence_order_pairs(
+        made = self._made  # one look: another thread may put another epoch there
+        if made is None or made[0] != epoch:
+            arrays = host().sentence_order_pairs(
                 self.corpus.line_offsets,
                 self.corpus.document_offsets,
                 most=self.length - NUM_SPECIAL,
@@ -87,8 +88,8 @@ class SentenceOrderPairs:
                 seed=self.seed,
                 epoch=check_epoch(epoch),
             )
-            self._made = (epoch, SentencePairs(*made))
-        return self._made[1]
+            made = self._made = (epoch, SentencePairs(*arrays))
+        return made[1]
 
     def count(self, epoch: int = 0) -> int:
         """How many pairs the epoch has: it differs from epoch to epoch."""
