@@ -126,6 +126,10 @@ def test_refuses():
     corpus = drawn_corpus(0, documents=2)
     with pytest.raises(ValueError, match=r"length must lie in \[4, .*got 3"):
         SentenceBlocks(corpus, 3, SPECIAL)
+    with pytest.raises(TypeError, match=r"length must be an integer, got 16\.5"):
+        SentenceBlocks(corpus, 16.5, SPECIAL)
+    with pytest.raises(ValueError, match=r"int32 offsets count no further: got 3 sequences of length 10{9}"):
+        SentenceBlocks(corpus, 10**9, SPECIAL).gather([0, 0, 0])
     blocks = SentenceBlocks(corpus, 16, SPECIAL)
     with pytest.raises(IndexError, match=r"indices must lie in \[0, \d+\), got 0 to 999"):
         blocks.gather([0, 999])

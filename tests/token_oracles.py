@@ -197,9 +197,10 @@ def sentence_pairs(documents, length, *, seed, epoch, short_prob=0.1, random_seg
     most, pairs = length - 3, []
     for number, document in enumerate(documents):
         draws = Draws(seed, SENTENCE_ORDER, epoch, number)
-        target = 2 + draws.below(most - 1) if draws.chance(short_prob) else most
         chunk = []
         for i, line in enumerate(document):
+            if not chunk:
+                target = 2 + draws.below(most - 1) if draws.chance(short_prob) else most
             chunk.append(line)
             enough = sum(map(len, chunk)) >= target and (len(chunk) > 1 or random_segments)
             if not enough and i < len(document) - 1:
