@@ -1,5 +1,6 @@
 """ALBERT's embedding, and BERT's: rows of three tables, LayerNorm, projection."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -253,15 +254,20 @@ def _check_rows(name: str, ids: Tensor, table_name: str, table: Tensor) -> None:
 
 def _check_default_positions(input_ids: Tensor, cu_seqlens: Tensor | None, position: Tensor) -> None:
     """Every column has its row; of packed sequences that is in the values, which are read on a CPU alone."""
-    length, of = input_ids.shape[1], "columns of input_ids"
-    if cu_seqlens is not None:
-        if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling() or cu_seqlens.shape[0] < 2:
-            return
-        length, of = int(cu_seqlens.diff().max()), "tokens of the longest sequence in cu_seqlens"
-    if length > position.shape[0]:
+    rows, length = position.shape[0], input_ids.shape[1]
+    if cu_seqlens is None and length > rows:
         raise ValueError(
-            f"position must have a row for each of the {length} {of}, got {_checks.describe(position)}"
+            f"position must have a row for each of the {length} columns of input_ids, "
+            f"got {_checks.describe(position)}"
         )
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for start, end in pairwise(cu_seqlens.tolist()):
+        if end - start > rows:
+            raise ValueError(
+                f"position must have a row for every position, of which it has {rows}, "
+                f"got position {rows} at [0, {start + rows}]"
+            )
 
 
 def _check_padding(name: str, index: int | None, table_name: str, table: Tensor | None) -> int | None:
