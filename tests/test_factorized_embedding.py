@@ -367,7 +367,7 @@ def test_positions_beyond_the_table():
         bertops.factorized_embedding(input_ids, **parameters)
     for lengths, place in (((2, 19), "got position 16 at [0, 18]"), ((21,), "got position 16 at [0, 16]")):
         offsets = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32)
-        with pytest.raises((ValueError, RuntimeError)) as caught:
+        with pytest.raises(ValueError) as caught:
             bertops.factorized_embedding(input_ids, **parameters, cu_seqlens=offsets)
         assert "position must have a row" in str(caught.value) and place in str(caught.value)
     fitting = torch.tensor([0, 5, 21], dtype=torch.int32)
