@@ -24,6 +24,7 @@ from bench import (  # noqa: E402
     bench_compact,
     bench_entropy,
     bench_exit_decision,
+    bench_factorized_embedding,
     bench_relation_kl,
     correctness,
     loss_providers,
@@ -36,6 +37,7 @@ from bench import (  # noqa: E402
     shapes,
     work,
 )
+from bench.embedding import EmbeddingCase  # noqa: E402
 from bench.limits import Limits, Work  # noqa: E402
 from bench.loss_providers import KL, SCORE_MSE, kl_by_attention  # noqa: E402
 from bench.measure import Comparison, Op, noise  # noqa: E402
@@ -309,7 +311,7 @@ def test_maps_that_do_not_fit_are_not_tried(monkeypatch):
     assert results[1].reason == "its maps would take 0 GB"
 
 
-ROW_OPS = [bench_entropy.op, bench_exit_decision.op, bench_compact.op]
+ROW_OPS = [bench_entropy.op, bench_exit_decision.op, bench_compact.op, bench_factorized_embedding.op]
 ROW_CASES = [
     (bench_entropy.op, LogitsCase(400, 3), "both"),
     (bench_entropy.op, LogitsCase(3, 1000), "forward"),
@@ -318,6 +320,8 @@ ROW_CASES = [
     (bench_exit_decision.op, LogitsCase(64, 2, dtype=torch.bfloat16), "forward"),
     (bench_compact.op, HiddenCase(9, 5, 8), "forward"),
     (bench_compact.op, HiddenCase(9, 5, 8, packed=True), "forward"),
+    (bench_factorized_embedding.op, EmbeddingCase(2, 9, 30, 8, 12), "both"),
+    (bench_factorized_embedding.op, EmbeddingCase(2, 9, 30, 8, skewed=True), "both"),
 ]
 
 
