@@ -40,7 +40,7 @@ class EmbeddingCall {
     p.length = input_ids.size(1);
     p.width = word.size(1);
     p.eps = eps;
-    tokens = batch_ * p.length;
+    p.tokens = tokens = batch_ * p.length;
     p.word = table_of(word);
     if (position) p.position = table_of(*position);
     if (token_type) p.token_type = table_of(*token_type);
