@@ -27,6 +27,7 @@ from bench import (  # noqa: E402
     bench_factorized_embedding,
     bench_relation_kl,
     correctness,
+    embedding,
     loss_providers,
     measure,
     paired,
@@ -386,6 +387,16 @@ def test_work_of_row_ops():
     packed = HiddenCase(8, 5, 6, packed=True).draw(HIDDEN, CPU)
     tokens = sum(n for n, stays in zip(packed.cu_seqlens.diff().tolist(), packed.stay, strict=True) if stays)
     assert work.compact(packed, "forward").bytes == 2 * tokens * 6 * 4
+
+
+def test_work_of_the_embedding():
+    inputs = EmbeddingCase(1, 4, 30, 8, 12).draw(embedding.PARAMETERS, CPU)
+    rows, weights = len(set(inputs.input_ids.flatten().tolist())), 514 * 8 + 2 * 8 + 12 * 8 + 12
+    forward = Work(2 * 4 * 8 * 12, 0, 4 * (rows * 8 + weights + 4 * 12) + 2 * 4 * 8)
+    assert embedding.work(inputs, "forward") == forward
+    both = Work(3 * forward.flops, 0, 2 * forward.bytes + 4 * (30 * 8 + weights))
+    assert embedding.work(inputs, "both") == both
+    assert embedding.work(EmbeddingCase(1, 4, 30, 8).draw(embedding.PARAMETERS, CPU), "both").flops == 0
 
 
 @pytest.mark.parametrize(
