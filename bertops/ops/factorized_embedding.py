@@ -91,8 +91,8 @@ def factorized_embedding(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. On a CPU an id outside its
-            table is a ValueError that names the first one and its place; on a GPU it stops the kernel with a
-            message.
+            table is a ValueError that names the first one and its place (from the kernel, and so under
+            torch.compile, a RuntimeError that says the same); on a GPU it stops the kernel with a message.
         RuntimeError: no kernel for this device, or the chosen ``impl`` is not available; says why.
 
     Source: Lan et al. 2020 (ALBERT), section 3.1; its code puts LayerNorm and dropout at width E. Devlin
@@ -111,14 +111,16 @@ def factorized_embedding(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=word.device)
-    rest = float(eps), float(dropout_p), seed
+    arguments: tuple[Any, ...] = (*ids, *parameters, float(eps), float(dropout_p), seed)
     backend = _backend.resolve("factorized_embedding", impl, word.device)
     if backend == "reference":
-        return reference.factorized_embedding(*ids, *parameters, *rest, padding_idx, position_padding_idx)
+        return reference.factorized_embedding(
+            *arguments, padding_idx=padding_idx, position_padding_idx=position_padding_idx
+        )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parameters):
         options = backend, padding_idx, position_padding_idx, sparse
-        return _FactorizedEmbedding.apply(options, *ids, *parameters, *rest)
-    return _forward_kernel(backend)(*ids, *parameters, *rest)[0]
+        return _FactorizedEmbedding.apply(options, *arguments)
+    return _forward_kernel(backend)(*arguments)[0]
 
 
 class _FactorizedEmbedding(torch.autograd.Function):
