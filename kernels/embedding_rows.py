@@ -151,7 +151,7 @@ def drop(
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Z o x. Word e % 4 of Philox4x32-10 at the counter (e // 4, i, 0, sequence): one call for four elements."""
+    """Z o x: word e % 4 of Philox4x32-10 at the counter (e // 4, i, 0, sequence) decides about element e."""
     if dropout is not None:
         groups = first // 4 + tl.arange(0, BLOCK_E // 4)
         w0, w1, w2, w3 = tl.philox(dropout[0], groups[None, :], dropout[2][:, None], 0, dropout[1][:, None])

@@ -2,9 +2,9 @@
 
 The backward is in factorized_embedding_bwd.py, what both share in embedding_rows.py.
 
-With (E, H) = (128, 768), 16384 tokens and bf16 the kernel writes 25.2 MB and reads a word row of 256 bytes for
-each token, 4.2 MB; positions, types and A stay in the L2 cache. Beside 30 MB, 7 us at 4.3 TB/s, stand 3.2 GFLOP,
-4 us of tensor cores: a program multiplies while others store.
+With (E, H) = (128, 768), 16384 tokens and bf16 the kernel writes 25.2 MB and reads a word row of 256 bytes
+for each token, 4.2 MB; positions, types and A stay in the L2 cache. Beside 30 MB, 7 us at 4.3 TB/s, stand
+3.2 GFLOP, 4 us of tensor cores: a program multiplies while others store.
 """
 
 import torch

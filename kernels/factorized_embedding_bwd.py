@@ -1,8 +1,8 @@
 """Backward of factorized_embedding: products by cuBLAS, LayerNorm in Triton, tables in CUDA C++.
 
 With dy = do A from cuBLAS, one kernel makes x-hat again from the tables and writes dx, y for dA = do^T y, and
-sums of dy and of dy o x-hat over each program's tokens. Rows of tables are summed by csrc/cuda/factorized_embedding.cu.
-Nothing is added atomically: every sum has one order.
+sums of dy and of dy o x-hat over each program's tokens. csrc/cuda/factorized_embedding.cu sums rows of dx to
+rows of tables. Nothing is added atomically: every sum has one order.
 """
 
 import torch
@@ -199,7 +199,7 @@ def _table_grad(dx: Tensor, ids: Tensor | None, table: Tensor, padding_idx: int 
         return grad
     dx, ids = dx.reshape(-1, dx.shape[-1]), ids.reshape(-1)
     if dx.device.type == "cpu":
-        # Under the interpreter, where there is no CUDA C++; index_add_ on a CPU goes through the tokens in order.
+        # Under the interpreter, which has no CUDA C++: index_add_ on a CPU goes through the tokens in order.
         sums = dx.new_zeros(table.shape, dtype=accumulator_dtype(dx.dtype))
         sums.index_add_(0, ids, dx.to(sums.dtype))
         if padding_idx is not None:

@@ -320,7 +320,8 @@ def compile_task(task: Task) -> Result:
 def loop_spills(sass: str, task: Task) -> int:
     """Loads from and stores to the stack between a loop's end and its start, in loops with products.
 
-    In kernels without products in any loop. A loop ends in a conditional branch backwards; the unconditional ones return from a barrier's waiting.
+    In kernels without products: in any loop. A loop ends in a conditional branch backwards; the unconditional
+    ones return from a barrier's waiting.
     """
     code = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
     spills = set()
