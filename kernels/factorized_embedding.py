@@ -43,7 +43,7 @@ def embedding_fwd_kernel(
     rstd,  # (B, N) fp32
     projection,  # (H, E) or None
     projection_bias,  # (H,) or None
-    part_columns,  # of a program on axis 1, a multiple of BLOCK_N
+    part_blocks,  # of columns, of a program on axis 1
     eps,
     ids,  # (B, N) each: of words, of positions or None, of token types or None
     id_strides,  # of B, N, for each of ids
@@ -106,11 +106,12 @@ def embedding_fwd_kernel(
         tl.store(out + out_rows + elements[None, :], y.to(out.dtype.element_ty), mask=mask)
     else:
         CHECK: tl.constexpr = HEIGHT % BLOCK_N != 0
+        part_columns = part_blocks * BLOCK_N  # a constant times: the compiler keeps in mind what divides it
         begin = tl.program_id(1) * part_columns
         if WIDTH <= BLOCK_E:
             y = y.to(projection.dtype.element_ty)
         for step in range(0, tl.minimum(part_columns, HEIGHT - begin), BLOCK_N):
-            h = tl.multiple_of(begin + step, BLOCK_N)
+            h = begin + step
             columns = h + tl.arange(0, BLOCK_N)
             exists = columns < HEIGHT
             a_rows = projection + h.to(tl.int64) * PROJECTION_STRIDE
@@ -168,7 +169,7 @@ def factorized_embedding_fwd(
         return out, mean, rstd
     ids, tables = (input_ids, position_ids, token_type_ids), (word, position, token_type)
     arguments, flags = prepare_tokens(ids, cu_seqlens, tables, norm_weight, norm_bias, dropout_p, seed)
-    parts, part_columns, stride = 1, height, 0
+    parts, part_blocks, stride = 1, 1, 0
     if projection is None:
         blocks = {**row_blocks(architecture(word.device), width, _ROW_ELEMENTS), "BLOCK_N": 16}
     else:
@@ -178,13 +179,13 @@ def factorized_embedding_fwd(
         blocks = projection_blocks(architecture(word.device), projection.dtype, width, dropout_p > 0)
         columns = triton.cdiv(height, blocks["BLOCK_N"])
         parts = min(columns, triton.cdiv(_PROGRAMS, triton.cdiv(tokens, blocks["BLOCK_M"])))
-        part_columns = triton.cdiv(columns, parts) * blocks["BLOCK_N"]
-        parts = triton.cdiv(height, part_columns)
+        part_blocks = triton.cdiv(columns, parts)
+        parts = triton.cdiv(columns, part_blocks)
     run_tokens(
         _kernel,
         (triton.cdiv(tokens, blocks["BLOCK_M"]), parts),
         word,
-        (out, mean, rstd, projection, projection_bias, part_columns, float(eps), *arguments),
+        (out, mean, rstd, projection, projection_bias, part_blocks, float(eps), *arguments),
         # debug alone compiles device_assert in; it would check every sum of integers for overflow too
         {**flags, **blocks, "PROJECTION_STRIDE": stride, "HEIGHT": height, **STOPS},
     )

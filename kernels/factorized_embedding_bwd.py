@@ -142,9 +142,9 @@ def factorized_embedding_bwd(
             grads[0] = word.new_empty((0, width))
         return tuple(grads)
 
-    grad: Tensor | None = grad_out.reshape(tokens, grad_out.shape[2]).contiguous()
+    grad_rows = grad_out.reshape(tokens, grad_out.shape[2]).contiguous()
+    grad: Tensor | None = grad_rows
     if projection is not None:
-        grad_rows = grad
         grad = grad_rows @ projection if any(want[:5]) else None
     dx = word.new_empty((*input_ids.shape, width)) if any(want[:3]) else None
     y = projection.new_empty((tokens, width)) if projection is not None and want[5] else None

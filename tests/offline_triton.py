@@ -254,7 +254,7 @@ def embedding_source(task: Task) -> ASTSource:
     names = ("out", "grad", "dx", "norm_weight", "norm_bias")
     types: dict[str, Any] = dict.fromkeys(names, element)
     types |= dict.fromkeys(("mean", "rstd", "parts"), "*fp32")
-    types |= dict.fromkeys(("part_columns", "tokens", "N", "num_sequences", "search", "threshold"), "i32")
+    types |= dict.fromkeys(("part_blocks", "tokens", "N", "num_sequences", "search", "threshold"), "i32")
     types |= {"eps": "fp32", "kept_scale": "fp32", "table_rows": ("i32",) * 3, "tables": (element,) * 3}
     types |= {"ids": ("*i64", None, "*i64"), "id_strides": ("i32", 1, 0, 0, "i32", 1)}
     types |= dict.fromkeys(("projection", "projection_bias", "y"), element if projects else None)

@@ -77,11 +77,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t after = end < from.count ? from.id(from.place(end)) : kNone;
 
     int64_t current = kNone, first_shared = kNone, last_shared = kNone;
-    bool first = true;
     float sum[kTogether] = {};
-    const auto finish = [&](bool last) {
-      const bool with_before = first && current == before, with_after = last && current == after;
+    const auto finish = [&] {
       if (current == kNone) return;
+      const bool with_before = current == before, with_after = current == after;
       if (!with_before && !with_after) {
         store_sum<T, kTogether>(table + current * from.width + column, sum);
         return;
@@ -111,12 +110,8 @@ __global__ void __launch_bounds__(kThreads)
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        if (k + i >= end) break;
         if (ids[i] != current) {
-          if (k + i > begin) {
-            finish(false);
-            first = false;
-          }
+          finish();
           current = ids[i];
 #pragma unroll
           for (int j = 0; j < kTogether; ++j) sum[j] = 0;
@@ -126,7 +121,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int j = 0; j < kTogether; ++j) sum[j] += to_float(rows[i].x[j]);
       }
     }
-    finish(true);
+    finish();
     if (column == 0 && split.chunks > 1) {
       shared.ids[2 * chunk] = first_shared;
       shared.ids[2 * chunk + 1] = last_shared;
