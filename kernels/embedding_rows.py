@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bertops.kernels.launch import INTERPRETER, padded_head_dim
+from bertops.kernels.launch import INTERPRETER, MAX_TILE_STRIDE, padded_head_dim
 from bertops.kernels.tiles import words_kept
 from bertops.reference import dropout_threshold
 
-_INTERPRETED_ROWS = 16
+INTERPRETED_ROWS = 64
 _MAX_ROW = 2048  # elements that four warps hold
 
 
@@ -216,7 +216,7 @@ def row_blocks(arch: int, width: int, elements: int) -> dict[str, int]:
     block_e = padded_head_dim(width)
     block_m = max(1, elements // block_e)
     if arch == INTERPRETER:
-        block_m = _INTERPRETED_ROWS
+        block_m = INTERPRETED_ROWS
     return {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": 4 if block_e <= _MAX_ROW else 8}
 
 
@@ -229,7 +229,8 @@ def run_tokens(
 
 def rows_in_place(x: Tensor) -> Tensor:
     """``x`` (rows, E) itself where the kernels can read it where it lies, a copy otherwise."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    dense = x.stride(1) == 1 or x.shape[1] == 1
+    return x if dense and x.stride(0) < MAX_TILE_STRIDE else x.contiguous()
 
 
 def _id_strides(ids: Tensor | None) -> tuple[int, int]:

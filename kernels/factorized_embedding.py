@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bertops._library import accumulator_dtype
 from bertops.kernels.embedding_rows import (
+    INTERPRETED_ROWS,
     find_rows,
     find_tokens,
     hidden_rows,
@@ -24,7 +25,7 @@ from bertops.kernels.embedding_rows import (
     sum_rows,
 )
 from bertops.kernels.factorized_embedding_bwd import factorized_embedding_bwd
-from bertops.kernels.launch import architecture, block_config, compiled, padded_head_dim
+from bertops.kernels.launch import INTERPRETER, architecture, block_config, compiled, padded_head_dim
 from bertops.kernels.tiles import load_rows
 
 __all__ = ["factorized_embedding_bwd", "factorized_embedding_fwd"]
@@ -197,6 +198,8 @@ STOPS = {"debug": True, "sanitize_overflow": False}
 
 def projection_blocks(arch: int, dtype: torch.dtype, width: int, dropout: bool) -> dict[str, int]:
     config = block_config("embedding_fwd", arch, dtype, width, dropout)
+    if arch == INTERPRETER:
+        config = config._replace(block_m=INTERPRETED_ROWS)
     held = _HELD_FP32 if dtype == torch.float32 else _HELD_HALF
     block_e = padded_head_dim(width)
     return {**config.meta(), "BLOCK_E": block_e if block_e <= held else _PIECE}
