@@ -54,10 +54,10 @@ struct alignas(kTogether * sizeof(T)) Together {
 };
 
 template <class T, int kTogether>
-__device__ __forceinline__ void store_sum(T* to, const float* sum) {
+__device__ __forceinline__ void store_sum(T* to, const float* sum, bool zero = false) {
   Together<T, kTogether> together;
 #pragma unroll
-  for (int i = 0; i < kTogether; ++i) together.x[i] = from_float<T>(sum[i]);
+  for (int i = 0; i < kTogether; ++i) together.x[i] = from_float<T>(zero ? 0.0f : sum[i]);
   *reinterpret_cast<Together<T, kTogether>*>(to) = together;
 }
 
@@ -86,10 +86,8 @@ __global__ void __launch_bounds__(kThreads)
         return;
       }
       if (with_after) {
-        const float zero[kTogether] = {};
         last_shared = current;
-        store_sum<float, kTogether>(shared.rows + (2 * chunk + 1) * from.width + column,
-                                    with_before ? zero : sum);
+        store_sum<float, kTogether>(shared.rows + (2 * chunk + 1) * from.width + column, sum, with_before);
       }
       if (with_before) {
         first_shared = current;
