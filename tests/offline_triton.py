@@ -130,9 +130,8 @@ def exists(task: Task) -> bool:
 
 def is_default(task: Task) -> bool:
     if task.kernel in EMBEDDING_KERNELS:
-        if task.dtype == torch.bfloat16:
-            return task.options != "plain" or task.arch == 90
-        return task.arch == 90 and task.options != "plain" and task.head_dim in (128, 768)
+        usual = task.arch == 90 and task.head_dim in (128, 768)
+        return usual or (task.dtype == torch.bfloat16 and task.options != "plain")
     if not task.kernel.startswith("attention"):
         return is_default_pair(task)
     if task.dtype != torch.bfloat16:
