@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertops.models.config import BertConfig
+from bertops.models.config import EncoderConfig
 from bertops.ops import _checks
 from bertops.reference import sequence_positions
 
@@ -33,21 +33,25 @@ def check_ids(input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Te
             )
 
 
-def check_range(name: str, ids: Tensor, num_rows: int, size: str, *, read: bool = False) -> None:
-    """``ids`` are rows of a table of ``num_rows``, which is the config's ``size``.
+def positions_of(input_ids: Tensor, config: EncoderConfig, cu_seqlens: Tensor | None) -> Tensor | None:
+    """The default position ids, None for columns, which the embedding counts itself.
 
-    Looks at the values on a CPU; elsewhere that would synchronise, and only happens with ``read``.
+    Off the CPU an id without a row stops the kernel; where the shapes say that there may be one, the
+    positions are read back, so that it is an error instead.
     """
-    if ids.numel() == 0 or torch.compiler.is_compiling() or not (read or ids.device.type == "cpu"):
-        return
-    low, high = (int(x) for x in ids.aminmax())
-    if low < 0 or high >= num_rows:
-        raise ValueError(
-            f"{name} must be from 0 to {num_rows - 1} ({size} is {num_rows}), got {low} to {high}"
-        )
+    if config.position_offset == 0:
+        return None
+    position_ids = count_positions(input_ids, config, cu_seqlens)
+    rows = config.max_position_embeddings
+    suspect = cu_seqlens is None and input_ids.shape[1] + config.position_offset > rows
+    if suspect and input_ids.device.type != "cpu" and not torch.compiler.is_compiling():
+        last = int(position_ids.max())
+        if last >= rows:
+            raise ValueError(f"position_ids must be from 0 to {rows - 1}, the rows of position, got {last}")
+    return position_ids
 
 
-def count_positions(input_ids: Tensor, config: BertConfig, cu_seqlens: Tensor | None) -> Tensor:
+def count_positions(input_ids: Tensor, config: EncoderConfig, cu_seqlens: Tensor | None) -> Tensor:
     """(1, N) or (B, N): position ids as the config counts them, from the start of every packed sequence."""
     length = input_ids.shape[1]
     start = None
@@ -95,7 +99,7 @@ class PackedIds(NamedTuple):
 
 
 def pack_ids(
-    config: BertConfig,
+    config: EncoderConfig,
     input_ids: Tensor,
     mask: Tensor | None,
     token_type_ids: Tensor | None,
@@ -121,7 +125,7 @@ def pack_ids(
 
 def run_unpadded(
     model: Callable[..., Any],
-    config: BertConfig,
+    config: EncoderConfig,
     input_ids: Tensor,
     mask: Tensor | None,
     token_type_ids: Tensor | None,
