@@ -168,7 +168,7 @@ class BiLSTMClassifier(nn.Module):
         """The sentences (number of sequences, 2 h) of :meth:`forward`'s arguments; ``name`` is for errors."""
         check_ids(input_ids, None, None)
         _checks.check_rows(mask, cu_seqlens, input_ids[:, None, :, None])
-        check_range(name, input_ids, self.config.vocab_size, "vocab_size")
+        check_range(name, input_ids, self.config.vocab_size)
         batch, length = input_ids.shape
         if cu_seqlens is not None:
             ids, lengths = input_ids[0], cu_seqlens.diff()
@@ -198,7 +198,8 @@ class BiLSTMClassifier(nn.Module):
         Raises:
             ImportError: ``safetensors`` is missing.
         """
-        write_folder(Path(folder), self.state_dict(), {"model_type": MODEL_TYPE, **asdict(self.config)})
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_folder(Path(folder), tensors, {"model_type": MODEL_TYPE, **asdict(self.config)})
 
     @classmethod
     def from_pretrained(

@@ -5,28 +5,27 @@
     student = BertModel(sizes.TINYBERT_4)
     student = BertForSequenceClassification(replace(sizes.MINILM_6X384, num_labels=3))
 
-=================== ======= ====== ===== ===== =========== ========== =================================
-name                layers  width  heads FFN   parameters  FLOPs      source
-=================== ======= ====== ===== ===== =========== ========== =================================
-BERT_BASE           12      768    12    3072  109,482,240 22.35 G    Devlin et al. 2019
-BERT_LARGE          24      1024   16    4096  335,141,888 78.92 G    Devlin et al. 2019
-DISTILBERT          6       768    12    3072  66,362,880  11.17 G    Sanh et al. 2019
-PKD_6               6       768    12    3072  66,955,008  11.17 G    Sun et al. 2019
-PKD_3               3       768    12    3072  45,691,392  5.59 G     Sun et al. 2019
-TINYBERT_6          6       768    12    3072  66,955,008  11.17 G    Jiao et al. 2020
-TINYBERT_4          4       312    12    1200  14,350,248  1.25 G     Jiao et al. 2020
-MINILM_12X384       12      384    12    1536  33,360,000  5.74 G     Wang et al. 2020
-MINILM_6X384        6       384    12    1536  22,713,216  2.87 G     Wang et al. 2020
-MINILM_6X768        6       768    12    3072  66,955,008  11.17 G    Wang et al. 2020
-IB_BERT             24      512    4     4096  294,506,496 ?    Sun et al. 2020, the teacher
-MOBILEBERT          24      512    4     512   24,581,888  5.39 G     Sun et al. 2020
-MOBILEBERT_TINY     24      512    4     512   15,000,000  3.07 G     Sun et al. 2020
-=================== ======= ====== ===== ===== =========== ========== =================================
+=============== ====== ===== ===== ===== =========== ======== ==================
+name            layers width heads FFN   parameters  GFLOP    source
+=============== ====== ===== ===== ===== =========== ======== ==================
+BERT_BASE       12     768   12    3072  109,482,240 22.35    Devlin et al. 2019
+BERT_LARGE      24     1024  16    4096  335,141,888 78.92    Devlin et al. 2019
+DISTILBERT      6      768   12    3072  66,362,880  11.17    Sanh et al. 2019
+PKD_6           6      768   12    3072  66,955,008  11.17    Sun et al. 2019
+PKD_3           3      768   12    3072  45,691,392  5.59     Sun et al. 2019
+TINYBERT_6      6      768   12    3072  66,955,008  11.17    Jiao et al. 2020
+TINYBERT_4      4      312   12    1200  14,350,248  1.25     Jiao et al. 2020
+MINILM_12X384   12     384   12    1536  33,360,000  5.74     Wang et al. 2020
+MINILM_6X384    6      384   12    1536  22,713,216  2.87     Wang et al. 2020
+MINILM_6X768    6      768   12    3072  66,955,008  11.17    Wang et al. 2020
+MOBILEBERT      24     512   4     512   24,581,888  5.39     Sun et al. 2020
+MOBILEBERT_TINY 24     512   4     512   15,485,696  3.07     Sun et al. 2020
+IB_BERT         24     512   4     4096  294,467,840 75.75    Sun et al. 2020
+=============== ====== ===== ===== ===== =========== ======== ==================
 
-Parameters are those of the bare encoder with English BERT's vocabulary, poolers included where the model has
-one (not DistilBERT, MobileBERT and its teacher). FLOPs are those of the layers and, for MobileBERT, of the
-projection behind its tables, on a sequence of 128 tokens, a multiplication with its addition counting two:
-:func:`bertops.early_exit.flops.encoder_flops`.
+Parameters are those of the bare encoder with English BERT's vocabulary and its pooler, which DistilBERT and
+MobileBERT have not. GFLOP are those of a sequence of 128 tokens without the pooler, a multiplication with its
+addition counting two: :func:`bertops.early_exit.flops.encoder_flops`. IB_BERT is MobileBERT's teacher.
 """
 
 from dataclasses import replace
@@ -62,12 +61,17 @@ MINILM_6X384 = replace(MINILM_12X384, num_hidden_layers=6)
 MINILM_6X768 = replace(BERT_BASE, num_hidden_layers=6)
 
 MOBILEBERT = MobileBertConfig()
-MOBILEBERT_TINY = MobileBertConfig(bottleneck_attention=True, num_feed_forwards=2)
-IB_BERT = MobileBertConfig(
-    bottleneck_size=1024,
+MOBILEBERT_TINY = MobileBertConfig(
+    use_bottleneck_attention=True, key_query_shared_bottleneck=False, num_feedforward_networks=2
+)
+IB_BERT = MobileBertConfig(  # its code's GELU is the tanh form
     intermediate_size=4096,
-    num_feed_forwards=1,
-    shared_query_key=False,
-    norm="layer_norm",
-    hidden_act="gelu",
+    hidden_act="gelu_new",
+    hidden_dropout_p=0.1,
+    classifier_dropout_p=0.1,
+    pooler=True,
+    intra_bottleneck_size=1024,
+    key_query_shared_bottleneck=False,
+    num_feedforward_networks=1,
+    normalization_type="layer_norm",
 )
