@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bertops.models.checkpoint import Checkpoint, load_weights, save_model
 from bertops.models.config import ACTIVATIONS, EncoderConfig
-from bertops.models.rows import check_ids, first_tokens, positions_of, run_unpadded
+from bertops.models.rows import first_tokens, positions_of, run_unpadded
 from bertops.nn import Attention, FactorizedEmbedding
 from bertops.ops import _checks
 
@@ -208,7 +208,7 @@ class Encoder(Pretrained):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Checks the arguments of :meth:`forward`; returns what the first layer takes (B, N, hidden_size)."""
-        check_ids(input_ids, token_type_ids, position_ids)
+        _checks.check_ids(input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
         _checks.check_rows(mask, cu_seqlens, input_ids[:, None, :, None])
         if token_type_ids is not None and self.config.type_vocab_size == 0:
             raise ValueError(f"token_type_ids must be None: {self.config.family} has no token types")

@@ -12,26 +12,6 @@ from bertops.models.config import EncoderConfig
 from bertops.ops import _checks
 from bertops.reference import sequence_positions
 
-ID_DTYPES = (torch.int64, torch.int32)
-
-
-def check_ids(input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> None:
-    """``input_ids`` is (B, N), the others the same or (1, N), all of an integer dtype."""
-    if not isinstance(input_ids, Tensor) or input_ids.dtype not in ID_DTYPES or input_ids.dim() != 2:
-        raise ValueError(
-            f"input_ids must be int64 or int32 of shape (B, N), got {_checks.describe(input_ids)}"
-        )
-    batch, length = input_ids.shape
-    for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
-        if ids is None:
-            continue
-        fits = isinstance(ids, Tensor) and ids.dtype in ID_DTYPES and ids.dim() == 2
-        if not fits or ids.shape not in ((batch, length), (1, length)):
-            raise ValueError(
-                f"{name} must be int64 or int32 of shape {(batch, length)} or {(1, length)}, "
-                f"got {_checks.describe(ids)}"
-            )
-
 
 def check_range(name: str, ids: Tensor, num_rows: int) -> None:
     """``ids`` are rows of a table of ``num_rows``; looked at on a CPU, where that is no synchronisation."""
@@ -115,7 +95,7 @@ def pack_ids(
     position_ids: Tensor | None,
 ) -> PackedIds:
     """Checks and packs a padded batch; reads the number of tokens back from the device."""
-    check_ids(input_ids, token_type_ids, position_ids)
+    _checks.check_ids(input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
     batch, length = input_ids.shape
     mask = _checks.check_rows(mask, None, input_ids[:, None, :, None])
     if mask is None:
