@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from bertops.models.checkpoint import CONFIG, read_json, read_tensors, resolve_folder, write_folder
-from bertops.models.rows import check_ids, check_range
 from bertops.ops import _checks
 from bertops.reference import sequence_positions
 
@@ -166,9 +165,9 @@ class BiLSTMClassifier(nn.Module):
         name: str = "input_ids",
     ) -> Tensor:
         """The sentences (number of sequences, 2 h) of :meth:`forward`'s arguments; ``name`` is for errors."""
-        check_ids(input_ids, None, None)
+        _checks.check_ids(input_ids)
         _checks.check_rows(mask, cu_seqlens, input_ids[:, None, :, None])
-        check_range(name, input_ids, self.config.vocab_size)
+        _checks.check_in_table(name, input_ids, "word", self.word.weight)
         batch, length = input_ids.shape
         if cu_seqlens is not None:
             ids, lengths = input_ids[0], cu_seqlens.diff()

@@ -299,13 +299,11 @@ def load_weights(
 
 def save_model(model: "Pretrained", folder: Path) -> None:
     """Writes the folder that :meth:`Pretrained.save_pretrained` promises."""
-    tensors = hf_tensors(model)
-    config = {
+    config = model.config.to_hf() | {
         "architectures": [CLASSES[model.config.family] + model.hf_name],
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        **model.config.to_hf(),
     }
-    write_folder(folder, tensors, config)
+    write_folder(folder, hf_tensors(model), config)
 
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from bertops.models.config import ACTIVATIONS, MobileBertConfig
 from bertops.models.encoder import Encoder, EncoderOutput, initialize
 from bertops.models.heads import HeadOutput, MaskedLM, WithHead
-from bertops.models.rows import check_range, first_tokens
+from bertops.models.rows import first_tokens
 from bertops.nn import attend
+from bertops.ops import _checks
 from bertops.reference import sequence_positions
 
 
@@ -66,14 +67,14 @@ class TrigramEmbeddings(nn.Module):
             if length > positions:
                 raise ValueError(f"input_ids must have at most {positions} columns, got {length}")
             position_ids = torch.arange(length, device=input_ids.device)[None]
-        check_range("input_ids", input_ids, self.word.num_embeddings)
-        check_range("position_ids", position_ids, positions)
+        _checks.check_in_table("input_ids", input_ids, "word", self.word.weight)
+        _checks.check_in_table("position_ids", position_ids, "position", self.position.weight)
         hidden = self.projection(trigrams(self.word(input_ids), cu_seqlens)) + self.position(position_ids)
         if self.token_type is not None:
             if token_type_ids is None:
                 hidden = hidden + self.token_type.weight[0]
             else:
-                check_range("token_type_ids", token_type_ids, self.token_type.num_embeddings)
+                _checks.check_in_table("token_type_ids", token_type_ids, "token_type", self.token_type.weight)
                 hidden = hidden + self.token_type(token_type_ids)
         return self.dropout(self.norm(hidden))
 

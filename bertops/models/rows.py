@@ -13,15 +13,6 @@ from bertops.ops import _checks
 from bertops.reference import sequence_positions
 
 
-def check_range(name: str, ids: Tensor, num_rows: int) -> None:
-    """``ids`` are rows of a table of ``num_rows``; looked at on a CPU, where that is no synchronisation."""
-    if ids.numel() == 0 or torch.compiler.is_compiling() or ids.device.type != "cpu":
-        return
-    low, high = (int(x) for x in ids.aminmax())
-    if low < 0 or high >= num_rows:
-        raise ValueError(f"{name} must be from 0 to {num_rows - 1}, the rows of its table, got {low} to {high}")
-
-
 def positions_of(input_ids: Tensor, config: EncoderConfig, cu_seqlens: Tensor | None) -> Tensor | None:
     """The default position ids, None for columns, which the embedding counts itself.
 
