@@ -115,8 +115,10 @@ def test_logits_equal_transformers(head, variant, tmp_path):
         assert output.pooler_output.shape == (3, 24)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("head", "variant"),
+    [("", v) for v in VARIANTS] + [(h, v) for h in HEADS if h for v in ("released", "pooler")],
+)
 def test_saved_for_transformers(head, variant, tmp_path):
     _, ours = both(tmp_path / "theirs", head, **VARIANTS[variant])
     ours.save_pretrained(tmp_path / "ours")
@@ -142,7 +144,7 @@ def test_saved_for_transformers(head, variant, tmp_path):
 
 
 def test_a_head_of_another_checkpoint_starts_new(tmp_path):
-    theirs, ours = both(tmp_path, "ForMaskedLM")
+    _, ours = both(tmp_path, "ForMaskedLM")
     with pytest.raises(ValueError, match=r"missing classifier\.weight"):
         MobileBertForSequenceClassification.from_pretrained(tmp_path)
     model = MobileBertForSequenceClassification.from_pretrained(tmp_path, new_head=True, num_labels=5)
@@ -322,7 +324,7 @@ def test_masked_lm_gradient_reaches_both_parts_of_the_decoder(tmp_path):
 
 def test_compiled_whole():
     model = random_model(MobileBertConfig(**{**SMALL, "num_hidden_layers": 1}))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
     for columns in (9, 6):
         input_ids, mask = batch("mobilebert", "right", columns=columns, lengths=(6, 3))
         expected = model(input_ids, mask).last_hidden_state

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def encoder_flops(encoder: "Encoder", length: int) -> int:
     """FLOPs of an encoder on a sequence of ``length`` tokens, without its pooler.
 
-    The linear layers of embeddings and layers, and the two products of attention: 22.35 G for BERT-base at 128
-    tokens. A shared layer counts every time it runs.
+    The linear layers of embeddings and layers, and the two products of attention: 22.35 G for BERT-base at
+    128 tokens. A shared layer counts every time it runs.
     """
     embeddings = 2 * length * linear_weights(encoder.embeddings)
     return embeddings + sum(block_flops(layer, length) for layer in encoder.layers)

@@ -141,40 +141,30 @@ class BiLSTMClassifier(nn.Module):
 
         Reads the lengths back from the device, as ``torch.nn.LSTM`` wants them on the host.
         """
-        first = self.encode(input_ids, mask, cu_seqlens=cu_seqlens)
         if self.config.pair != (pair_ids is not None):
             expected = "given" if self.config.pair else "None"
             raise ValueError(f"pair_ids must be {expected} where config.pair is {self.config.pair}")
-        features = first
-        if pair_ids is not None:
-            second = self.encode(pair_ids, pair_mask, cu_seqlens=pair_cu_seqlens, name="pair_ids")
-            if len(second) != len(first):
+        ids, lengths = self._real_tokens(input_ids, mask, cu_seqlens)
+        if pair_ids is None:
+            features = self.encode(ids, lengths)
+        else:
+            try:
+                second_ids, second_lengths = self._real_tokens(pair_ids, pair_mask, pair_cu_seqlens)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"of pair_ids, pair_mask and pair_cu_seqlens: {error}") from None
+            if len(second_lengths) != len(lengths):
                 raise ValueError(
-                    f"pair_ids must hold as many sequences as input_ids, {len(first)}, got {len(second)}"
+                    f"pair_ids must hold as many sequences as input_ids, {len(lengths)}, "
+                    f"got {len(second_lengths)}"
                 )
+            both = self.encode(torch.cat([ids, second_ids]), torch.cat([lengths, second_lengths]))
+            first, second = both.chunk(2)
             features = torch.cat([first, second, (first - second).abs(), first * second], dim=1)
         logits = self.classifier(self.dropout(self.dense(features).relu()))
         return BiLSTMOutput(logits=logits, features=features)
 
-    def encode(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None = None,
-        *,
-        cu_seqlens: Tensor | None = None,
-        name: str = "input_ids",
-    ) -> Tensor:
-        """The sentences (number of sequences, 2 h) of :meth:`forward`'s arguments; ``name`` is for errors."""
-        _checks.check_ids(input_ids)
-        _checks.check_rows(mask, cu_seqlens, input_ids[:, None, :, None])
-        _checks.check_in_table(name, input_ids, "word", self.word.weight)
-        batch, length = input_ids.shape
-        if cu_seqlens is not None:
-            ids, lengths = input_ids[0], cu_seqlens.diff()
-        elif mask is not None:
-            ids, lengths = input_ids[mask != 0], (mask != 0).sum(1)
-        else:
-            ids, lengths = input_ids.flatten(), torch.full((batch,), length, device=input_ids.device)
+    def encode(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Sentences of ``lengths`` (S,), their ``ids`` (T,) laid end to end, to (S, 2 h)."""
         sentences = self.word.weight.new_zeros(len(lengths), 2 * self.config.hidden_size)
         filled = lengths.nonzero().squeeze(1)
         if len(filled) == 0:
@@ -183,8 +173,20 @@ class BiLSTMClassifier(nn.Module):
         if self.static_word is not None:
             vectors = torch.cat([F.embedding(ids, self.static_word), vectors], dim=1)
         _, (last, _) = self.lstm(pack_vectors(vectors, lengths[filled]))
-        last = last.transpose(0, 1).flatten(1)  # (filled sequences, 2 h)
+        last = last.transpose(0, 1).flatten(1)  # (filled sentences, 2 h)
         return sentences.to(last.dtype).index_copy(0, filled, last)
+
+    def _real_tokens(
+        self, input_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Checks the arguments; returns the ids of all real tokens (T,) and the sentences' lengths (S,)."""
+        _checks.check_ids(input_ids)
+        _checks.check_rows(mask, cu_seqlens, input_ids[:, None, :, None])
+        _checks.check_in_table("input_ids", input_ids, "word", self.word.weight)
+        if cu_seqlens is not None:
+            return input_ids[0], cu_seqlens.diff().long()
+        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
+        return input_ids[real], real.sum(1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors`` for :meth:`from_pretrained`; the tensors first.

@@ -347,7 +347,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, under the names in the files."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         with _safe_open()(path, framework="pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)

@@ -222,9 +222,9 @@ class MobileBertConfig(EncoderConfig):
     """Sizes of a MobileBERT; the defaults are those of the released model.
 
     Args:
-        vocab_size, ...: as in :class:`BertConfig`. ``intermediate_size`` is that of each feed-forward network;
-            the heads split ``intra_bottleneck_size``. ``pooler``: as in BERT; without it, the heads over the
-            first token take that as it is (transformers: ``classifier_activation``).
+        vocab_size, ...: as in :class:`BertConfig`. ``intermediate_size`` is that of each feed-forward
+            network; the heads split ``intra_bottleneck_size``. ``pooler``: as in BERT; without it, the heads
+            over the first token take that as it is (transformers: ``classifier_activation``).
         embedding_size: width E of the word table; three words next to each other are projected to
             ``hidden_size``, the width of the other tables and between the layers.
         intra_bottleneck_size: width inside a layer, below ``hidden_size`` in MobileBERT, above it in its
@@ -271,20 +271,22 @@ class MobileBertConfig(EncoderConfig):
             )
         if self.use_bottleneck_attention and self.key_query_shared_bottleneck:
             raise ValueError(
-                "key_query_shared_bottleneck must be False where use_bottleneck_attention is True: queries and "
-                "keys come from one bottleneck"
+                "key_query_shared_bottleneck must be False where use_bottleneck_attention is True: queries "
+                "and keys come from one bottleneck"
             )
         if self.intra_bottleneck_size % self.num_attention_heads:
             raise ValueError(
-                f"intra_bottleneck_size {self.intra_bottleneck_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}"
+                f"intra_bottleneck_size {self.intra_bottleneck_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
             )
         if self.embedding_size > self.hidden_size:
             raise ValueError(
                 f"embedding_size must be at most hidden_size = {self.hidden_size}, got {self.embedding_size}"
             )
         if self.num_feedforward_networks < 1:
-            raise ValueError(f"num_feedforward_networks must be at least 1, got {self.num_feedforward_networks}")
+            raise ValueError(
+                f"num_feedforward_networks must be at least 1, got {self.num_feedforward_networks}"
+            )
         for name in ("attention_output_dropout_p", "position_offset"):
             if getattr(self, name):
                 raise ValueError(f"{name} must be 0: MobileBERT has none, got {getattr(self, name)}")

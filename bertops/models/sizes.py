@@ -50,9 +50,7 @@ PKD_6 = replace(BERT_BASE, num_hidden_layers=6)
 PKD_3 = replace(BERT_BASE, num_hidden_layers=3)
 
 TINYBERT_6 = replace(BERT_BASE, num_hidden_layers=6)
-TINYBERT_4 = BertConfig(
-    hidden_size=312, num_hidden_layers=4, num_attention_heads=12, intermediate_size=1200
-)
+TINYBERT_4 = BertConfig(hidden_size=312, num_hidden_layers=4, num_attention_heads=12, intermediate_size=1200)
 
 MINILM_12X384 = BertConfig(
     hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536
