@@ -18,19 +18,10 @@ from bertops.models import (
 )
 from bertops.models.checkpoint import source_names
 from bertops.models.config import SHARES
-from small_models import PADDINGS, assert_same, batch, both, our_class, token_types
+from small_models import PADDINGS, assert_same, batch, both, our_class, our_config, token_types
 
 GROUPS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)]  # (num_hidden_groups, inner_group_num) of three layers
-SMALL = AlbertConfig(
-    vocab_size=40,
-    embedding_size=16,
-    hidden_size=24,
-    num_hidden_layers=4,
-    num_attention_heads=3,
-    intermediate_size=40,
-    max_position_embeddings=32,
-    initializer_range=0.3,
-)
+SMALL = our_config("albert", num_hidden_layers=4, initializer_range=0.3)
 
 # (layers, H): millions of parameters by sharing
 PAPER_SIZES = {
@@ -229,6 +220,25 @@ def test_taps_count_every_run_of_a_shared_layer(share):
             assert torch.equal(x.transpose(1, 2)[mask], qkv[:, :, i][mask])
     sum(tap.lse.cos()[:, 0][mask].sum() for tap in taps).backward()
     assert model.layers[0].attention.qkv.weight.grad.any()
+
+
+@pytest.mark.parametrize("share", ["all", "attention"])
+def test_compiled_and_captured(share):
+    torch._dynamo.reset()
+    model = AlbertModel(replace(SMALL, share=share)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    input_ids, mask = batch("albert", "right")
+    with torch.no_grad():
+        plain = compiled(input_ids, mask).last_hidden_state
+        with bertops.capture(model, [2, 4]) as taps:
+            assert torch.equal(compiled(input_ids, mask).last_hidden_state, plain)
+            captured = list(taps)
+            model(input_ids, mask)
+    assert_same("hidden", plain, model(input_ids, mask).last_hidden_state.detach())
+    for tap, expected in zip(captured, taps, strict=True):
+        assert tap.layer == expected.layer
+        assert_same("q", tap.q, expected.q)
+    assert not torch.equal(captured[0].q, captured[1].q)
 
 
 def test_dropout_while_training_only():

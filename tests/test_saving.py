@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bertops import _files
-from bertops.models import AlbertConfig, AlbertForMaskedLM, AlbertModel, BertConfig, BertModel
+from bertops.models import AlbertForMaskedLM, AlbertModel, BertModel
 from bertops.models.config import SHARES, config_from_hf
-from small_models import FAMILIES, HEADS, assert_same, batch, hf_config, our_class, our_model, transformers
+from small_models import FAMILIES, HEADS, assert_same, batch, our_class, our_config, our_model, transformers
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -75,7 +75,7 @@ def test_every_rate_and_size_of_the_config_survives(family):
     changes |= {"classifier_dropout_p": 0.45, "num_labels": 7, "initializer_range": 0.07}
     sizes = {"vocab_size": 50, "hidden_size": 36, "num_hidden_layers": 5, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 41, "max_position_embeddings": 21, "hidden_act": "silu"}
-    config = replace(config_from_hf(hf_config(family).to_dict()), **changes, **sizes)
+    config = replace(our_config(family), **changes, **sizes)
     if family != "distilbert":
         config = replace(config, layer_norm_eps=1e-3, type_vocab_size=4)
     assert config_from_hf(json.loads(json.dumps(config.to_hf()))) == config
@@ -84,18 +84,7 @@ def test_every_rate_and_size_of_the_config_survives(family):
 @pytest.mark.parametrize(("groups", "inner"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("share", SHARES)
 def test_every_sharing_of_albert(share, groups, inner, tmp_path):
-    config = AlbertConfig(
-        vocab_size=40,
-        embedding_size=16,
-        hidden_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        intermediate_size=40,
-        max_position_embeddings=32,
-        share=share,
-        num_hidden_groups=groups,
-        inner_group_num=inner,
-    )
+    config = replace(our_config("albert"), share=share, num_hidden_groups=groups, inner_group_num=inner)
     model = randomize(AlbertForMaskedLM(config)).eval()
     model.save_pretrained(tmp_path)
     input_ids, mask = batch("albert", "right")
@@ -110,7 +99,7 @@ def test_every_sharing_of_albert(share, groups, inner, tmp_path):
 
 
 def test_copies_that_differ_cannot_be_shared(tmp_path):
-    config = replace(config_from_hf(hf_config("albert").to_dict()), share="attention")
+    config = replace(our_config("albert"), share="attention")
     AlbertModel(config).save_pretrained(tmp_path)
     tensors = safetensors_torch.load_file(tmp_path / "model.safetensors")
     tensors["encoder.albert_layer_groups.1.albert_layers.0.attention.dense.bias"] += 1
@@ -121,7 +110,7 @@ def test_copies_that_differ_cannot_be_shared(tmp_path):
 
 def test_equal_widths_are_written_with_the_identity(tmp_path):
     """transformers always projects; read back, the model projects by the identity."""
-    config = replace(config_from_hf(hf_config("albert").to_dict()), embedding_size=24, always_project=False)
+    config = replace(our_config("albert"), embedding_size=24, always_project=False)
     model = randomize(AlbertForMaskedLM(config)).eval()
     assert model.encoder.embeddings.projection is None
     model.save_pretrained(tmp_path)
@@ -152,7 +141,7 @@ def test_dtype(dtype, tmp_path):
     ],
 )
 def test_what_transformers_lacks_is_refused_before_anything_is_written(family, changes, message, tmp_path):
-    model = our_class(family)(replace(config_from_hf(hf_config(family).to_dict()), **changes))
+    model = our_class(family)(replace(our_config(family), **changes))
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -185,8 +174,7 @@ def test_missing_package_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_no_pooler_stays_no_pooler(tmp_path):
-    config = replace(config_from_hf(hf_config("bert").to_dict()), pooler=False)
-    assert isinstance(config, BertConfig)
+    config = replace(our_config("bert"), pooler=False)
     model = BertModel(config)
     model.save_pretrained(tmp_path)
     assert_reads_back(model, tmp_path)

@@ -113,7 +113,8 @@ def factorized_embedding(
     rest = float(eps), float(dropout_p), seed
     backend = _backend.resolve("factorized_embedding", impl, word.device)
     if backend == "reference":
-        return reference.factorized_embedding(*ids, *parameters, *rest, padding_idx, position_padding_idx)
+        padding = {"padding_idx": padding_idx, "position_padding_idx": position_padding_idx}
+        return reference.factorized_embedding(*ids, *parameters, *rest, **padding)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parameters):
         options = backend, padding_idx, position_padding_idx, sparse
         return _FactorizedEmbedding.apply(options, *ids, *parameters, *rest)
