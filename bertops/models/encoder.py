@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from bertops.models.config import ACTIVATIONS, EncoderConfig
 from bertops.models.rows import first_tokens, positions_of, run_unpadded
 from bertops.nn import Attention, FactorizedEmbedding
 from bertops.ops import _checks
+
+if TYPE_CHECKING:
+    from bertops.models.mobilebert import TrigramEmbeddings
 
 Model = TypeVar("Model", bound="Encoder")
 
@@ -108,7 +111,10 @@ class Encoder(Pretrained):
     hf_name = "Model"
 
     def __init__(
-        self, config: EncoderConfig, embeddings: FactorizedEmbedding, layers: Iterable[Layer]
+        self,
+        config: EncoderConfig,
+        embeddings: "FactorizedEmbedding | TrigramEmbeddings",
+        layers: Iterable[nn.Module],
     ) -> None:
         super().__init__()
         self.config = config
