@@ -154,7 +154,7 @@ def normalized_mse(hidden_s, hidden_t, mask=None, eps=1e-12):
 
 
 def feature_map_transfer(hidden_s, hidden_t, mask=None, eps=1e-12):
-    """Returns (3, ...): MSE of the normalised rows, squared difference of means, |difference of variances|."""
+    """Returns (3, ...): of the normalised rows, of the means and of the variances; see the public op."""
     s, t = _real_rows(hidden_s, hidden_t, mask)
     normed_s, normed_t = (F.layer_norm(x, x.shape[-1:], eps=eps) for x in (s, t))
     rows = (
