@@ -284,8 +284,8 @@ def _(
     return tuple(grads)
 
 
-# Paired rows of student and teacher: x is (B, N, H), rows (losses, B, N), stats (B, N, what the backward needs
-# of a row). The gradient is (B, N, H), contiguous, in the student's dtype.
+# Paired rows of student and teacher: x is (B, N, H), rows (losses, B, N), stats (B, N, what the backward
+# needs of a row). The gradient is (B, N, H), contiguous, in the student's dtype.
 ROW_PAIR_LOSSES = {"cosine_loss": (1, 3), "normalized_mse": (1, 3), "feature_map_transfer": (3, 7)}
 _ROW_PAIR = "Tensor hidden_s, Tensor hidden_t, Tensor? mask, float eps"
 _LOGIT_PAIR = "Tensor logits_s, Tensor logits_t, Tensor? mask, float temperature"

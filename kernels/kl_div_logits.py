@@ -1,4 +1,4 @@
-"""KL between the softmax of paired rows in Triton; the formulas are those of csrc/cpu/kl_div_logits_loops.h."""
+"""KL between the softmax of paired rows in Triton, by the formulas of csrc/cpu/kl_div_logits_loops.h."""
 
 import math
 

@@ -1,5 +1,5 @@
-"""Losses between paired hidden states in Triton: the forward keeps a few numbers a row, from which the backward
-forms the gradient element by element. The formulas are those of csrc/cpu/row_pair_losses_loops.h.
+"""Losses between paired hidden states in Triton: the forward keeps a few numbers a row, from which the
+backward forms the gradient element by element. The formulas are those of csrc/cpu/row_pair_losses_loops.h.
 """
 
 import triton
@@ -224,9 +224,7 @@ def cosine_loss_fwd(
     hidden_s: Tensor, hidden_t: Tensor, mask: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Returns rows (1, B, N) and stats; see :func:`bertops.cosine_loss`."""
-    return row_pair_fwd(
-        _direction_fwd, hidden_s, hidden_t, mask, eps, 1, _DIRECTION_STATS.value, COSINE=True
-    )
+    return row_pair_fwd(_direction_fwd, hidden_s, hidden_t, mask, eps, 1, _DIRECTION_STATS.value, COSINE=True)
 
 
 def cosine_loss_bwd(grad_rows: Tensor, *arguments: Tensor) -> Tensor:

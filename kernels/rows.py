@@ -1,4 +1,4 @@
-"""What the kernels over paired rows share: a program owns ROWS rows and goes over them in blocks of columns."""
+"""What the kernels over paired rows share: a program goes over its ROWS rows in blocks of columns."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from bertops.kernels.launch import BlockConfig
 
 TILE = 4096  # elements that a program holds of either model at a time
 
@@ -113,6 +115,12 @@ def row_pair_bwd(
     return grad
 
 
+def row_blocks(width: int) -> BlockConfig:
+    """Rows and columns that a program holds at a time."""
+    block = min(TILE, max(16, triton.next_power_of_2(width)))
+    return BlockConfig(max(1, TILE // 4 // block), block, 8 if block == TILE else 4, 3)
+
+
 def launch(
     kernel: Any,
     own: tuple,
@@ -128,10 +136,8 @@ def launch(
         return
     x_s, x_t = (x if x.stride(-1) == 1 else x.contiguous() for x in (x_s, x_t))
     mask = None if mask is None else mask.contiguous()
-    block = min(TILE, max(16, triton.next_power_of_2(width)))
-    rows = max(1, TILE // 4 // block)
-    sizes = {"WIDTH": width, "BLOCK": block, "ROWS": rows, "num_warps": 8 if block == TILE else 4}
+    config = row_blocks(width)
+    sizes = {"WIDTH": width, "BLOCK": config.block_n, "ROWS": config.block_m, "num_warps": config.num_warps}
     pair = x_s, x_s.stride()[:2], x_t, x_t.stride()[:2], mask, count, length, float(option)
     with torch.cuda.device_of(x_s):
-        kernel[(triton.cdiv(count, rows),)](*own, *pair, **flags, **sizes)
-
+        kernel[(triton.cdiv(count, config.block_m),)](*own, *pair, **flags, **sizes)

@@ -25,9 +25,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bertops.kernels import attention, attention_bwd, attention_score_mse_gram, pairs, pairs_bwd, relation_kl
+from bertops.kernels import (
+    attention,
+    attention_bwd,
+    attention_score_mse_gram,
+    kl_div_logits,
+    pairs,
+    pairs_bwd,
+    relation_kl,
+    row_pair_losses,
+)
 from bertops.kernels.launch import BlockConfig, block_config, padded_head_dim
 from bertops.kernels.pairs_bwd import FP16_BOOST
+from bertops.kernels.rows import row_blocks
 
 KERNELS = {
     "attention_fwd": attention._kernel,
@@ -45,6 +55,16 @@ KERNELS = {
     "gram_chunks": attention_score_mse_gram._chunk_kernel,
     "gram_bwd": attention_score_mse_gram._bwd_kernel,
 }
+# Losses between paired rows: their head dim is the width of a row. Without products, and without spills.
+ROW_KERNELS = {
+    "direction_fwd": row_pair_losses._direction_fwd,
+    "direction_bwd": row_pair_losses._direction_bwd,
+    "feature_fwd": row_pair_losses._feature_fwd,
+    "feature_bwd": row_pair_losses._feature_bwd,
+    "kl_div_logits_fwd": kl_div_logits._fwd_kernel,
+    "kl_div_logits_bwd": kl_div_logits._bwd_kernel,
+}
+ROW_WIDTHS = (20, 768, 30522)
 ARCHS = (80, 90, 100)
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -73,6 +93,8 @@ class Result(NamedTuple):
 
     def violations(self) -> list[str]:
         half = self.task.dtype != torch.float32
+        if self.task.kernel in ROW_KERNELS:
+            return [f"{self.stack} bytes of stack"] if self.stack else []
         found = []
         if self.shared > SHARED_KB[self.task.arch] * 1024:
             found.append(f"shared memory {self.shared} above {SHARED_KB[self.task.arch]} KB")
@@ -87,7 +109,9 @@ def tasks(every: bool) -> list[Task]:
     """All combinations, or those that differ: every option on sm_90, what takes most registers elsewhere."""
     combinations = itertools.product(KERNELS, ARCHS, DTYPES, HEAD_DIMS, OPTIONS)
     chosen = [task for task in map(Task._make, combinations) if exists(task)]
-    return chosen if every else [task for task in chosen if is_default(task)]
+    rows = itertools.product(ROW_KERNELS, ARCHS, (torch.bfloat16, torch.float32), ROW_WIDTHS, ("mask",))
+    chosen = chosen if every else [task for task in chosen if is_default(task)]
+    return chosen + [Task._make(task) for task in rows]
 
 
 def exists(task: Task) -> bool:
@@ -118,6 +142,8 @@ def is_default_pair(task: Task) -> bool:
 
 
 def task_blocks(task: Task) -> BlockConfig:
+    if task.kernel in ROW_KERNELS:
+        return row_blocks(task.head_dim)
     config = block_config(task.kernel, task.arch, task.dtype, task.head_dim, "dropout" in task.options)
     if task.kernel.startswith("gram"):
         return config._replace(block_n=min(config.block_n, padded_head_dim(task.head_dim)))
@@ -126,6 +152,8 @@ def task_blocks(task: Task) -> BlockConfig:
 
 def source(task: Task) -> ASTSource:
     """The kernel as a launch on contiguous, 16-byte aligned tensors specializes it."""
+    if task.kernel in ROW_KERNELS:
+        return row_source(task)
     options = task.options.split("+")
     kernel = KERNELS[task.kernel]
     config = task_blocks(task)
@@ -182,6 +210,20 @@ def source(task: Task) -> ASTSource:
         elif types[name].startswith("*") or name == "scores_stride":
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attributes)
+
+
+def row_source(task: Task) -> ASTSource:
+    kernel, config = ROW_KERNELS[task.kernel], task_blocks(task)
+    constants = {"WIDTH": task.head_dim, "BLOCK": config.block_n, "ROWS": config.block_m, "COSINE": True}
+    element = "*" + DTYPES[task.dtype]
+    types: dict[str, str | tuple[str, ...]] = dict.fromkeys(("x_s", "x_t", "grad"), element)
+    types |= dict.fromkeys(("rows", "stats", "grad_rows"), "*fp32")
+    types |= {"mask": "*i1", "count": "i32", "N": "i32", "option": "fp32"}
+    types |= {"s_strides": ("i32",) * 2, "t_strides": ("i32",) * 2, "grad_strides": ("i32",) * 3}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    constexprs = {(i,): constants[name] for i, name in enumerate(kernel.arg_names) if name not in types}
+    pointers = [i for i, name in enumerate(kernel.arg_names) if str(types.get(name)).startswith("*")]
+    return ASTSource(kernel, signature, constexprs, {(i,): [["tt.divisibility", 16]] for i in pointers})
 
 
 def pair_types(task: Task, element: str) -> dict[str, str | tuple[str, ...]]:
@@ -242,8 +284,8 @@ def cuobjdump(*arguments: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=ARCHS)
-    parser.add_argument("--kernel", choices=KERNELS)
-    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS)
+    parser.add_argument("--kernel", choices=KERNELS | ROW_KERNELS)
+    parser.add_argument("--head-dim", type=int, choices=(*HEAD_DIMS, *ROW_WIDTHS))
     parser.add_argument("--all", action="store_true", help="every dtype, head dim and option on every chip")
     parser.add_argument("--jobs", type=int, default=2)
     wanted = parser.parse_args()

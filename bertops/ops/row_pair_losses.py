@@ -69,8 +69,8 @@ def normalized_mse(
         ds = \frac{2g}{\|s\|} \left(\hat s - \hat t - \tfrac12 L\, \hat s\right)
 
     for the upstream gradient g; computed from the difference, as :func:`bertops.cosine_loss` is, and twice
-    its value. A vector shorter than 1e-12 is normalised to 0 and gets the gradient 0; beside a zero vector the
-    loss is 1, between two it is 0.
+    its value. A vector shorter than 1e-12 is normalised to 0 and gets the gradient 0; beside a zero vector
+    the loss is 1, between two it is 0.
 
     Args:
         hidden_s: the student's (B, N, H), or (..., H); fp32, bf16 or fp16 (fp64 on CPU); any strides, read in
