@@ -27,6 +27,7 @@ COLORS = {
     "torch.distributions": "#4a76b8",
     "index_select": "#9aa5b1",
     "boolean index": "#4a76b8",
+    "cosine_similarity": "#4a76b8",
 }
 TIMES = "\N{MULTIPLICATION SIGN}"
 INK, QUIET = "#1d2733", "#66727f"

@@ -1,5 +1,7 @@
 """What every op must do at least, counted over the real tokens alone."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from bench.limits import Work
@@ -111,6 +113,18 @@ def compact(inputs: HiddenInputs, mode: Mode) -> Work:
     if cu_seqlens is None:
         return Work(0.0, 0.0, 2 * bytes_of(hidden[0]) * int(stay.sum()))
     return Work(0.0, 0.0, 2 * bytes_of(hidden[0, 0]) * int(cu_seqlens.diff()[stay].sum()))
+
+
+def row_pair_loss(inputs: Inputs, mode: Mode) -> Work:
+    """Reads student and teacher, in the backward once more; writes the gradient."""
+    moved = inputs.tensors if mode == "forward" else (*inputs.tensors, *inputs.tensors, *inputs.leaves)
+    return Work(0.0, 0.0, sum(map(bytes_of, moved)))
+
+
+def kl_div_logits(inputs: Inputs, mode: Mode) -> Work:
+    """As ``row_pair_loss``, with an exp an element of both models, in the backward once more."""
+    exps = sum(x.numel() for x in inputs.tensors) * (1 if mode == "forward" else 2)
+    return replace(row_pair_loss(inputs, mode), exps=float(exps))
 
 
 def bytes_of(x: Tensor) -> int:

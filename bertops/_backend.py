@@ -23,6 +23,10 @@ IMPLEMENTATIONS = {
     "compact": ("cpu", "cuda", "reference"),
     "compact_packed": ("cpu", "cuda", "reference"),
     "factorized_embedding": ("cpu", "triton", "reference"),
+    "cosine_loss": ("cpu", "triton", "reference"),
+    "normalized_mse": ("cpu", "triton", "reference"),
+    "feature_map_transfer": ("cpu", "triton", "reference"),
+    "kl_div_logits": ("cpu", "triton", "reference"),
 }
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

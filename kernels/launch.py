@@ -160,6 +160,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 _VARYING = ["N", "H", "num_sequences", "scale", "window", "threshold", "kept_scale"]
+_VARYING += ["count", "option"]
 _VARYING += ["slope_s", "slope_t", "gain", "weight_s", "weight_t", "weight_k"]
 _VARYING += ["tokens", "search", "part_blocks", "eps"]
 _TUNED_BY = ["HEAD_DIM", "HAS_WINDOW", "HAS_DROPOUT", "HEAD_DIM_S", "HEAD_DIM_T", "LOSS"]

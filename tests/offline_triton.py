@@ -33,12 +33,15 @@ from bertops.kernels import (
     embedding_rows,
     factorized_embedding,
     factorized_embedding_bwd,
+    kl_div_logits,
     pairs,
     pairs_bwd,
     relation_kl,
+    row_pair_losses,
 )
 from bertops.kernels.launch import BlockConfig, block_config, padded_head_dim
 from bertops.kernels.pairs_bwd import FP16_BOOST
+from bertops.kernels.rows import row_blocks
 
 KERNELS = {
     "attention_fwd": attention._kernel,
@@ -62,6 +65,16 @@ EMBEDDING_KERNELS = {
     "embedding_bwd": factorized_embedding_bwd._kernel,
     "embedding_bwd_rows": factorized_embedding_bwd._kernel,
 }
+# Losses between paired rows: their head dim is the width of a row. Without products, and without spills.
+ROW_KERNELS = {
+    "direction_fwd": row_pair_losses._direction_fwd,
+    "direction_bwd": row_pair_losses._direction_bwd,
+    "feature_fwd": row_pair_losses._feature_fwd,
+    "feature_bwd": row_pair_losses._feature_bwd,
+    "kl_div_logits_fwd": kl_div_logits._fwd_kernel,
+    "kl_div_logits_bwd": kl_div_logits._bwd_kernel,
+}
+LOSS_WIDTHS = (20, 768, 30522)
 ARCHS = (80, 90, 100)
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -92,6 +105,8 @@ class Result(NamedTuple):
 
     def violations(self) -> list[str]:
         half = self.task.dtype != torch.float32
+        if self.task.kernel in ROW_KERNELS:
+            return [f"{self.stack} bytes of stack"] if self.stack else []
         embedding = self.task.kernel in EMBEDDING_KERNELS
         found = []
         if self.shared > SHARED_KB[self.task.arch] * 1024:
@@ -106,8 +121,10 @@ class Result(NamedTuple):
 def tasks(every: bool) -> list[Task]:
     """All combinations, or those that differ: every option on sm_90, what takes most registers elsewhere."""
     combinations = itertools.product(KERNELS, ARCHS, DTYPES, HEAD_DIMS, OPTIONS)
+    losses = itertools.product(ROW_KERNELS, ARCHS, (torch.bfloat16, torch.float32), LOSS_WIDTHS, ("mask",))
     chosen = [task for task in map(Task._make, combinations) if exists(task)] + embedding_tasks()
-    return chosen if every else [task for task in chosen if is_default(task)]
+    chosen = chosen if every else [task for task in chosen if is_default(task)]
+    return chosen + [Task._make(task) for task in losses]
 
 
 def embedding_tasks() -> list[Task]:
@@ -165,6 +182,8 @@ def embedding_flags(task: Task) -> dict[str, Any]:
 
 
 def task_blocks(task: Task) -> BlockConfig:
+    if task.kernel in ROW_KERNELS:
+        return row_blocks(task.head_dim)
     if task.kernel in EMBEDDING_KERNELS:
         flags = embedding_flags(task)
         blocks = flags["BLOCK_M"], flags["BLOCK_N" if multiplies(task) else "BLOCK_E"]
@@ -177,6 +196,10 @@ def task_blocks(task: Task) -> BlockConfig:
 
 def source(task: Task) -> ASTSource:
     """The kernel as a launch on contiguous, 16-byte aligned tensors specializes it."""
+    if task.kernel in ROW_KERNELS:
+        return row_source(task)
+    if task.kernel in EMBEDDING_KERNELS:
+        return embedding_source(task)
     options = task.options.split("+")
     kernel = KERNELS[task.kernel]
     config = task_blocks(task)
@@ -279,6 +302,20 @@ def embedding_source(task: Task) -> ASTSource:
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
+def row_source(task: Task) -> ASTSource:
+    kernel, config = ROW_KERNELS[task.kernel], task_blocks(task)
+    constants = {"WIDTH": task.head_dim, "BLOCK": config.block_n, "ROWS": config.block_m, "COSINE": True}
+    element = "*" + DTYPES[task.dtype]
+    types: dict[str, str | tuple[str, ...]] = dict.fromkeys(("x_s", "x_t", "grad"), element)
+    types |= dict.fromkeys(("rows", "stats", "grad_rows"), "*fp32")
+    types |= {"mask": "*i1", "count": "i32", "N": "i32", "option": "fp32"}
+    types |= {"s_strides": ("i32",) * 2, "t_strides": ("i32",) * 2, "grad_strides": ("i32",) * 3}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    constexprs = {(i,): constants[name] for i, name in enumerate(kernel.arg_names) if name not in types}
+    pointers = [i for i, name in enumerate(kernel.arg_names) if str(types.get(name)).startswith("*")]
+    return ASTSource(kernel, signature, constexprs, {(i,): [["tt.divisibility", 16]] for i in pointers})
+
+
 def pair_types(task: Task, element: str) -> dict[str, str | tuple[str, ...]]:
     """Types of what the kernels of two models take; what a variant leaves out is a constexpr None."""
     models = ("q_s", "k_s", "q_t", "k_t", "x_s", "x_t")
@@ -301,8 +338,7 @@ def compile_task(task: Task) -> Result:
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     if task.kernel.startswith("embedding_fwd"):
         options |= factorized_embedding.STOPS
-    built = embedding_source(task) if task.kernel in EMBEDDING_KERNELS else source(task)
-    compiled = triton.compile(built, target=GPUTarget("cuda", task.arch, 32), options=options)
+    compiled = triton.compile(source(task), target=GPUTarget("cuda", task.arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -342,7 +378,7 @@ def cuobjdump(*arguments: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=ARCHS)
-    parser.add_argument("--kernel", choices=[*KERNELS, *EMBEDDING_KERNELS])
+    parser.add_argument("--kernel", choices=[*KERNELS, *EMBEDDING_KERNELS, *ROW_KERNELS])
     parser.add_argument("--head-dim", type=int)
     parser.add_argument("--all", action="store_true", help="every dtype, head dim and option on every chip")
     parser.add_argument("--jobs", type=int, default=2)

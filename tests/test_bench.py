@@ -22,9 +22,13 @@ from bench import (  # noqa: E402
     bench_attention_score_mse,
     bench_attention_with_scores,
     bench_compact,
+    bench_cosine_loss,
     bench_entropy,
     bench_exit_decision,
     bench_factorized_embedding,
+    bench_feature_map_transfer,
+    bench_kl_div_logits,
+    bench_normalized_mse,
     bench_relation_kl,
     correctness,
     embedding,
@@ -45,7 +49,7 @@ from bench.measure import Comparison, Op, noise  # noqa: E402
 from bench.memory import peak_extra_bytes  # noqa: E402
 from bench.providers import Provider, eager_attention, eager_attention_with_scores, sdpa, sdpa_with_scores  # noqa: E402
 from bench.row_providers import eager_entropy, eager_exit_and_prediction, index_select  # noqa: E402
-from bench.row_shapes import HIDDEN, LOGITS, HiddenCase, LogitsCase  # noqa: E402
+from bench.row_shapes import HIDDEN, LOGITS, HiddenCase, LogitsCase, RowPairCase  # noqa: E402
 from bench.shapes import QK_PAIR, QKV, V_PAIR  # noqa: E402
 from bertops import reference  # noqa: E402
 from bertops._files import write_whole  # noqa: E402
@@ -323,6 +327,10 @@ ROW_CASES = [
     (bench_compact.op, HiddenCase(9, 5, 8, packed=True), "forward"),
     (bench_factorized_embedding.op, EmbeddingCase(2, 9, 30, 8, 12), "both"),
     (bench_factorized_embedding.op, EmbeddingCase(2, 9, 30, 8, skewed=True), "both"),
+    (bench_cosine_loss.op, RowPairCase(300, 40), "both"),
+    (bench_normalized_mse.op, RowPairCase(300, 40, dtype=torch.bfloat16), "both"),
+    (bench_feature_map_transfer.op, RowPairCase(300, 40), "both"),
+    (bench_kl_div_logits.op, RowPairCase(300, 40, dtype=torch.bfloat16), "both"),
 ]
 
 
