@@ -284,9 +284,9 @@ def _(
     return tuple(grads)
 
 
-# Losses behind a linear layer: hidden states are (M, width), weights (rows, width) as nn.Linear holds them. Rows
-# of the loss (M,), then the gradients of the student's three for the upstream gradient grad_rows, in the dtype of
-# losses; one that is not wanted is empty.
+# Losses behind a linear layer: hidden states are (M, width), weights (rows, width) as nn.Linear holds them.
+# Rows of the loss (M,), then the gradients of the student's three for the upstream gradient grad_rows, in the
+# dtype of losses; one that is not wanted is empty.
 _LINEAR_KL = (
     "Tensor hidden_s, Tensor weight_s, Tensor? bias_s, Tensor hidden_t, Tensor weight_t, Tensor? bias_t,"
     " Tensor? mask, float temperature"
@@ -309,9 +309,7 @@ def _loss_of_rows(hidden: torch.Tensor) -> torch.Tensor:
 
 def _linear_grads(students, wanted):
     like = _loss_of_rows(students[0])
-    return tuple(
-        like.new_empty(x.shape if want else (0,)) for x, want in zip(students, wanted, strict=True)
-    )
+    return tuple(like.new_empty(x.shape if want else (0,)) for x, want in zip(students, wanted, strict=True))
 
 
 @torch.library.register_fake("bertops::linear_kl_div_fwd")

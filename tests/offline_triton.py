@@ -25,7 +25,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bertops.kernels import attention, attention_bwd, attention_score_mse_gram, pairs, pairs_bwd, relation_kl
+from bertops.kernels import (
+    attention,
+    attention_bwd,
+    attention_score_mse_gram,
+    linear_kl_div,
+    pairs,
+    pairs_bwd,
+    projected_mse,
+    relation_kl,
+)
 from bertops.kernels.launch import BlockConfig, block_config, padded_head_dim
 from bertops.kernels.pairs_bwd import FP16_BOOST
 
@@ -44,6 +53,13 @@ KERNELS = {
     "relation_kl_bwd": relation_kl._kernel,
     "gram_chunks": attention_score_mse_gram._chunk_kernel,
     "gram_bwd": attention_score_mse_gram._bwd_kernel,
+    "linear_kl_div": linear_kl_div._kernel,
+    "projected_mse": projected_mse._kernel,
+}
+# These stand between products of cuBLAS: no tile, no head dim, a BLOCK of a row at a time.
+ROW_KERNELS = {
+    "linear_kl_div": (linear_kl_div.BLOCK, linear_kl_div.NUM_WARPS),
+    "projected_mse": (projected_mse.BLOCK, projected_mse.NUM_WARPS),
 }
 ARCHS = (80, 90, 100)
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -76,7 +92,7 @@ class Result(NamedTuple):
         found = []
         if self.shared > SHARED_KB[self.task.arch] * 1024:
             found.append(f"shared memory {self.shared} above {SHARED_KB[self.task.arch]} KB")
-        if half and not self.tensor_core:
+        if half and not self.tensor_core and self.task.kernel not in ROW_KERNELS:
             found.append("no tensor-core instruction")
         if half and self.spills and self.task.head_dim <= SPILL_FREE_HEAD_DIM:
             found.append(f"{self.spills} spills in a loop")
@@ -92,6 +108,8 @@ def tasks(every: bool) -> list[Task]:
 
 def exists(task: Task) -> bool:
     """In fp32 a given lse is not used."""
+    if task.kernel in ROW_KERNELS:
+        return task.head_dim == HEAD_DIMS[0] and task.options in ("plain", "mask")
     return task.kernel != "pair_fwd_kl_given" or task.dtype != torch.float32
 
 
@@ -110,6 +128,8 @@ def is_default(task: Task) -> bool:
 
 def is_default_pair(task: Task) -> bool:
     """Masks everywhere; "mask+dropout" and "mask+lse" are nothing that the pair kernels know."""
+    if task.kernel in ROW_KERNELS:
+        return task.options == "mask" and (task.arch == 90 or task.dtype == torch.bfloat16)
     if task.dtype != torch.bfloat16:
         return task.arch == 90 and task.options == "mask" and task.head_dim == 64
     if task.options == "mask":
@@ -118,6 +138,9 @@ def is_default_pair(task: Task) -> bool:
 
 
 def task_blocks(task: Task) -> BlockConfig:
+    if task.kernel in ROW_KERNELS:
+        block, num_warps = ROW_KERNELS[task.kernel]
+        return BlockConfig(1, block, num_warps, 3)
     config = block_config(task.kernel, task.arch, task.dtype, task.head_dim, "dropout" in task.options)
     if task.kernel.startswith("gram"):
         return config._replace(block_n=min(config.block_n, padded_head_dim(task.head_dim)))
@@ -141,6 +164,7 @@ def source(task: Task) -> ASTSource:
         "BLOCK_D_S": padded_head_dim(task.head_dim),
         "BLOCK_D_T": padded_head_dim(task.head_dim),
         "BLOCK_K": config.block_n,
+        "BLOCK": config.block_n,
         "CHUNK": 512,
         "LOSS": task.kernel.removeprefix("pair_fwd_") if "pair_fwd" in task.kernel else "kl",
         "EXACT": task.dtype == torch.float32,
@@ -154,6 +178,11 @@ def source(task: Task) -> ASTSource:
     types |= dict.fromkeys(("scale", "kept_scale"), "fp32")
     types |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "grad_out_strides"), ("i32",) * 3)
     types |= pair_types(task, element)
+    if task.kernel in ROW_KERNELS:
+        types |= dict.fromkeys(("logits_s", "logits_t", "projected"), "*fp32")
+        types |= dict.fromkeys(("bias", "bias_s", "bias_t", "hidden_t", "grads"), element)
+        types |= dict.fromkeys(("first", "V", "width", "projected_stride", "hidden_t_stride"), "i32")
+        types |= dict.fromkeys(("inverse", "temperature"), "fp32")
     optional = {
         "scores": (element, "scores" in task.kernel),
         "grad_scores": (element, "scores" in task.kernel),
@@ -213,13 +242,14 @@ def compile_task(task: Task) -> Result:
     tensor_core = bool(re.search(TENSOR_CORE[task.arch], sass))
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     seconds = time.perf_counter() - start
-    return Result(
-        task, registers, stack, loop_spills(sass, task.arch), compiled.metadata.shared, tensor_core, seconds
-    )
+    spills = loop_spills(sass, task.arch, task.kernel in ROW_KERNELS)
+    return Result(task, registers, stack, spills, compiled.metadata.shared, tensor_core, seconds)
 
 
-def loop_spills(sass: str, arch: int) -> int:
+def loop_spills(sass: str, arch: int, of_rows: bool) -> int:
     """Loads from and stores to the stack between a loop's end and its start, in loops with products.
+
+    A kernel ``of_rows`` has no products: all of its loops count.
 
     A loop ends in a conditional branch backwards; the unconditional ones return from a barrier's waiting.
     """
@@ -229,7 +259,7 @@ def loop_spills(sass: str, arch: int) -> int:
         branch = re.search(r"(?:@.*\bBRA\b|\bBRA\.U !?UP).*?0x([0-9a-f]+)", line)
         start = int(branch[1], 16) if branch else end
         body = [(at, line) for at, line in code if start <= at <= end]
-        if start < end and any(re.search(TENSOR_CORE[arch], line) for _, line in body):
+        if start < end and (of_rows or any(re.search(TENSOR_CORE[arch], line) for _, line in body)):
             spills |= {at for at, line in body if re.search(r"\b(LDL|STL)\b", line)}
     return len(spills)
 

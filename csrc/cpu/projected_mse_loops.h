@@ -50,11 +50,16 @@ void projection_differences(const ProjectedMSE& p, const Chunk& chunk, int64_t t
         transpose(teacher_rows, kOutputBlock, P, padded(outputs), teacher, P);
         for (int64_t i = 0; i < P; i += L) {
           Vec<T> sum{};
-          for (int64_t output = 0; output < outputs; ++output) {
-            T* at = tile + output * kQueryBlock + i;
-            const Vec<T> difference = (load(at) + bias[output]) - load(teacher + output * P + i);
-            sum += difference * difference;
-            store(at, difference);
+          for (int64_t output = 0; output < outputs;) {
+            const int64_t end = min_of(outputs, output + kPadding);
+            Vec<T> part{};  // long sums keep their digits
+            for (; output < end; ++output) {
+              T* at = tile + output * kQueryBlock + i;
+              const Vec<T> difference = (load(at) + bias[output]) - load(teacher + output * P + i);
+              part += difference * difference;
+              store(at, difference);
+            }
+            sum += part;
           }
           store(squares + begin + i, sum);
         }
@@ -68,11 +73,11 @@ void projection_rows(const ProjectedMSE& p, const Chunk& chunk, int64_t block) {
     T* factor = static_cast<T*>(p.factors) + i;
     *factor = 0;
     if (i >= chunk.count) continue;
-    T sum = 0;
+    double sum = 0;
     for (int64_t task = 0; task * kOutputBlock < p.student.outputs; ++task) {
       sum += static_cast<const T*>(p.squares)[task * tokens + i];
     }
-    static_cast<T*>(p.rows)[chunk.token[i]] = sum;
+    static_cast<T*>(p.rows)[chunk.token[i]] = static_cast<T>(sum);
     if (p.grad_rows.data != nullptr) *factor = 2 * upstream_of<T>(p, chunk.token[i]);
   }
 }
