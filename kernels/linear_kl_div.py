@@ -160,6 +160,6 @@ def _run(
             _kernel[(here.stop - here.start,)](
                 *tensors, here.start, words, 1 / temperature, temperature, BLOCK=block, num_warps=NUM_WARPS
             )
-        if grads is not None:
+        if grads is not None and outputs is not None:
             grads.add(here, outputs)
     return rows

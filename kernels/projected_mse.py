@@ -106,7 +106,7 @@ def _run(
     for here in chunks(rows.shape[0], 6 * student.weight.shape[0]):
         projected, outputs = outputs_and_grads(student, here, grads is not None)
         _launch(projected, student.bias, hidden_t, grad_rows, mask, rows, outputs, here.start)
-        if grads is not None:
+        if grads is not None and outputs is not None:
             grads.add(here, outputs)
 
 
