@@ -15,6 +15,18 @@ void projection_pack(const ProjectedMSE& p, const Chunk& chunk, int64_t block, v
   if (p.grads.weight != nullptr) pack_rows(p.student, chunk, block, rows, static_cast<T*>(p.token_rows));
 }
 
+// `outputs` of the teacher's from `first` on, of `count` tokens: short pieces far apart, which no processor foresees.
+inline void prefetch_teacher(const ProjectedMSE& p, const Chunk& chunk, int64_t token, int64_t count,
+                             int64_t first, int64_t outputs) {
+  constexpr int64_t kLine = 64;
+  const int64_t size = bytes_of(p.hidden_t.dtype), end = min_of(token + count, chunk.count);
+  for (; token < end; ++token) {
+    const char* row = static_cast<const char*>(p.hidden_t.data) +
+                      (chunk.token[token] * p.hidden_t.row_stride + first * p.hidden_t.stride) * size;
+    for (int64_t byte = 0; byte < outputs * size; byte += kLine) __builtin_prefetch(row + byte);
+  }
+}
+
 // Differences to the teacher in kOutputBlock outputs, for the tokens of blocks [from, to).
 template <class T>
 void projection_differences(const ProjectedMSE& p, const Chunk& chunk, int64_t task, int64_t from, int64_t to,
@@ -48,6 +60,7 @@ void projection_differences(const ProjectedMSE& p, const Chunk& chunk, int64_t t
           }
         }
         transpose(teacher_rows, kOutputBlock, P, padded(outputs), teacher, P);
+        prefetch_teacher(p, chunk, begin + P, P, first, outputs);
         for (int64_t i = 0; i < P; i += L) {
           Vec<T> sum{};
           for (int64_t output = 0; output < outputs;) {
