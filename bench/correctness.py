@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.shapes import HeadInputs, Inputs
+from bench.shapes import Inputs
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -49,7 +49,7 @@ def truth(
 def loss_truth(
     reference: Reference,
     names: Sequence[str],
-    inputs: HeadInputs,
+    inputs: Inputs,
     part: Callable[[Tensor], Tensor],
     upstream: Tensor,
     gradients: bool,
@@ -62,7 +62,7 @@ def loss_truth(
     part_rows = rows.oracle[0]
     assert part_rows is not None
     loss = None
-    if upstream.shape[:2].numel() * inputs.length**2 <= LOSS_PAIRS:
+    if inputs.map_elements <= LOSS_PAIRS:
         all_rows = run_in_groups(reference, inputs, [], False, torch.float64)[0]
         loss = (all_rows * upstream).sum()
     eagers = []

@@ -23,6 +23,7 @@ COLORS = {
     "SDPA + scores": "#4a76b8",
     "FlexAttention": "#a65a8c",
     "eager Gram": "#a65a8c",
+    "Liger": "#a65a8c",
     "eager + argmax": "#4a76b8",
     "torch.distributions": "#4a76b8",
     "index_select": "#9aa5b1",

@@ -12,6 +12,8 @@ from bertops.ops.entropy import entropy
 from bertops.ops.exit_decision import ExitDecision, exit_decision
 from bertops.ops.factorized_embedding import factorized_embedding
 from bertops.ops.kl_div_logits import kl_div_logits
+from bertops.ops.linear_kl_div import linear_kl_div
+from bertops.ops.projected_mse import projected_mse
 from bertops.ops.relation_kl import relation_kl
 from bertops.ops.row_pair_losses import cosine_loss, feature_map_transfer, normalized_mse
 
@@ -32,8 +34,10 @@ __all__ = [
     "factorized_embedding",
     "feature_map_transfer",
     "kl_div_logits",
+    "linear_kl_div",
     "nn",
     "normalized_mse",
+    "projected_mse",
     "relation_kl",
     "use_impl",
 ]

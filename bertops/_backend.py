@@ -27,6 +27,8 @@ IMPLEMENTATIONS = {
     "normalized_mse": ("cpu", "triton", "reference"),
     "feature_map_transfer": ("cpu", "triton", "reference"),
     "kl_div_logits": ("cpu", "triton", "reference"),
+    "linear_kl_div": ("cpu", "triton", "reference"),
+    "projected_mse": ("cpu", "triton", "reference"),
 }
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

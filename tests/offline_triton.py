@@ -34,8 +34,10 @@ from bertops.kernels import (
     factorized_embedding,
     factorized_embedding_bwd,
     kl_div_logits,
+    linear_kl_div,
     pairs,
     pairs_bwd,
+    projected_mse,
     relation_kl,
     row_pair_losses,
 )
@@ -58,6 +60,13 @@ KERNELS = {
     "relation_kl_bwd": relation_kl._kernel,
     "gram_chunks": attention_score_mse_gram._chunk_kernel,
     "gram_bwd": attention_score_mse_gram._bwd_kernel,
+    "linear_kl_div": linear_kl_div._kernel,
+    "projected_mse": projected_mse._kernel,
+}
+# These stand between products of cuBLAS: no tile, no head dim, a BLOCK of a row at a time.
+LINEAR_KERNELS = {
+    "linear_kl_div": (linear_kl_div.BLOCK, linear_kl_div.NUM_WARPS),
+    "projected_mse": (projected_mse.BLOCK, projected_mse.NUM_WARPS),
 }
 EMBEDDING_KERNELS = {
     "embedding_fwd": factorized_embedding._kernel,
@@ -137,11 +146,15 @@ def embedding_tasks() -> list[Task]:
 
 
 def multiplies(task: Task) -> bool:
-    return task.kernel not in EMBEDDING_KERNELS or task.kernel == "embedding_fwd"
+    """The kernel has products of its own, for tensor cores."""
+    without = {*EMBEDDING_KERNELS, *LINEAR_KERNELS, *ROW_KERNELS} - {"embedding_fwd"}
+    return task.kernel not in without
 
 
 def exists(task: Task) -> bool:
     """In fp32 a given lse is not used."""
+    if task.kernel in LINEAR_KERNELS:
+        return task.head_dim == HEAD_DIMS[0] and task.options in ("plain", "mask")
     return task.kernel != "pair_fwd_kl_given" or task.dtype != torch.float32
 
 
@@ -163,6 +176,8 @@ def is_default(task: Task) -> bool:
 
 def is_default_pair(task: Task) -> bool:
     """Masks everywhere; "mask+dropout" and "mask+lse" are nothing that the pair kernels know."""
+    if task.kernel in LINEAR_KERNELS:
+        return task.options == "mask" and (task.arch == 90 or task.dtype == torch.bfloat16)
     if task.dtype != torch.bfloat16:
         return task.arch == 90 and task.options == "mask" and task.head_dim == 64
     if task.options == "mask":
@@ -188,6 +203,9 @@ def task_blocks(task: Task) -> BlockConfig:
         flags = embedding_flags(task)
         blocks = flags["BLOCK_M"], flags["BLOCK_N" if multiplies(task) else "BLOCK_E"]
         return BlockConfig(*blocks, flags["num_warps"], flags["num_stages"])
+    if task.kernel in LINEAR_KERNELS:
+        block, num_warps = LINEAR_KERNELS[task.kernel]
+        return BlockConfig(1, block, num_warps, 3)
     config = block_config(task.kernel, task.arch, task.dtype, task.head_dim, "dropout" in task.options)
     if task.kernel.startswith("gram"):
         return config._replace(block_n=min(config.block_n, padded_head_dim(task.head_dim)))
@@ -215,6 +233,7 @@ def source(task: Task) -> ASTSource:
         "BLOCK_D_S": padded_head_dim(task.head_dim),
         "BLOCK_D_T": padded_head_dim(task.head_dim),
         "BLOCK_K": config.block_n,
+        "BLOCK": config.block_n,
         "CHUNK": 512,
         "LOSS": task.kernel.removeprefix("pair_fwd_") if "pair_fwd" in task.kernel else "kl",
         "EXACT": task.dtype == torch.float32,
@@ -228,6 +247,11 @@ def source(task: Task) -> ASTSource:
     types |= dict.fromkeys(("scale", "kept_scale"), "fp32")
     types |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "grad_out_strides"), ("i32",) * 3)
     types |= pair_types(task, element)
+    if task.kernel in LINEAR_KERNELS:
+        types |= dict.fromkeys(("logits_s", "logits_t", "projected"), "*fp32")
+        types |= dict.fromkeys(("bias", "bias_s", "bias_t", "hidden_t", "grads"), element)
+        types |= dict.fromkeys(("first", "V", "width", "projected_stride", "hidden_t_stride"), "i32")
+        types |= dict.fromkeys(("inverse", "temperature"), "fp32")
     optional = {
         "scores": (element, "scores" in task.kernel),
         "grad_scores": (element, "scores" in task.kernel),

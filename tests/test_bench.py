@@ -28,7 +28,9 @@ from bench import (  # noqa: E402
     bench_factorized_embedding,
     bench_feature_map_transfer,
     bench_kl_div_logits,
+    bench_linear_kl_div,
     bench_normalized_mse,
+    bench_projected_mse,
     bench_relation_kl,
     correctness,
     embedding,
@@ -44,6 +46,7 @@ from bench import (  # noqa: E402
 )
 from bench.embedding import EmbeddingCase  # noqa: E402
 from bench.limits import Limits, Work  # noqa: E402
+from bench.linear_shapes import PROJECTION, VOCABULARY, LinearCase  # noqa: E402
 from bench.loss_providers import KL, SCORE_MSE, kl_by_attention  # noqa: E402
 from bench.measure import Comparison, Op, noise  # noqa: E402
 from bench.memory import peak_extra_bytes  # noqa: E402
@@ -351,6 +354,48 @@ def test_peers_of_row_ops_are_right(make_op, case, mode):
     assert everything.checked == "everything"
 
 
+LINEAR_OPS = [bench_linear_kl_div.op, bench_projected_mse.op]
+LINEAR_CASES = [LinearCase(300, 20, 70), LinearCase(300, 20, 70, dtype=torch.bfloat16)]
+
+
+@pytest.mark.parametrize("mode", ["forward", "both"])
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("make_op", LINEAR_OPS)
+def test_peers_of_linear_losses_are_right(make_op, case, mode):
+    results = compare_rows(make_op("auto"), case, mode)
+    assert {result.provider for result in results} < set(plots.COLORS)
+    statuses = [result.status for result in results if result.provider != "Liger"]
+    assert statuses == ["ok"] * (3 if make_op is bench_linear_kl_div.op else 2), results
+
+
+@pytest.mark.parametrize("make_op", LINEAR_OPS)
+def test_a_wrong_linear_loss_or_gradient_gets_no_number(make_op):
+    op = make_op("reference")
+    right = op.providers[1].make
+
+    def scaled(inputs):
+        return lambda *tensors: (right(inputs)(*tensors)[0] * 1.001,)
+
+    def wrong_gradient(inputs):
+        return lambda hidden, *others: right(inputs)(WrongGradient.apply(hidden), *others)
+
+    wrong = [Provider("eager", scaled), Provider("compiled eager", wrong_gradient)]
+    results = compare_rows(replace(op, providers=wrong), LINEAR_CASES[0], "both")
+    assert [result.status for result in results] == ["wrong", "wrong"]
+
+
+def test_work_of_linear_losses():
+    case = LinearCase(10, 6, 5)
+    vocabulary, projection = (case.draw(takes, CPU) for takes in (VOCABULARY, PROJECTION))
+    moved = 4 * (10 * 6 + 5 * 6 + 10 * 768 + 5 * 768)
+    assert work.linear_kl_div(vocabulary, "forward") == Work(2 * 50 * (6 + 768), 100, moved)
+    both = Work(2 * 50 * (6 + 768) + 4 * 50 * 6, 100, moved + 4 * (10 * 6 + 5 * 6))
+    assert work.linear_kl_div(vocabulary, "both") == both
+    moved = 4 * (10 * 6 + 5 * 6 + 10 * 5)
+    assert work.projected_mse(projection, "forward") == Work(2 * 10 * 30, 0, moved)
+    assert work.projected_mse(projection, "both") == Work(6 * 10 * 30, 0, moved + 4 * (10 * 6 + 5 * 6))
+
+
 @pytest.mark.parametrize("output", range(4))
 def test_a_wrong_decision_gets_no_number(output):
     """Uncertainties off by a rounding, decisions, rows and predictions that are others."""
@@ -423,7 +468,7 @@ def test_a_rate_is_of_what_the_op_does(make_op, case, unit):
 
 @pytest.mark.parametrize("scope", ["quick", "lengths", "full"])
 @pytest.mark.parametrize(
-    "op", [bench_attention.op, bench_attention_with_scores.op, *LOSSES.values(), *ROW_OPS]
+    "op", [bench_attention.op, bench_attention_with_scores.op, *LOSSES.values(), *ROW_OPS, *LINEAR_OPS]
 )
 def test_cases_have_names_of_their_own(op, scope):
     op = op("reference")
