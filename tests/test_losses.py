@@ -1,4 +1,4 @@
-"""The losses of the papers against their formulas written out in fp64, and against the official codes' factors."""
+"""The losses of the papers against their formulas in fp64, and against the official codes' factors."""
 
 import math
 
