@@ -284,6 +284,13 @@ def _(
     return tuple(grads)
 
 
+# Sums of grad_rows (count, E) by ids (count,), which order (count,) sorts: the gradient of a table (rows, E).
+_define(
+    "_embedding_table_grad(Tensor grad_rows, Tensor ids, Tensor order, SymInt rows, int? padding_idx,"
+    " ScalarType dtype) -> Tensor"
+)
+
+
 # What the machine can do at most, for the bench: work on every thread of the device of ``like`` and count it.
 _define("_limits_fma(Tensor like, int steps) -> (Tensor, int)")
 _define("_limits_exp(Tensor like, int steps) -> (Tensor, int)")

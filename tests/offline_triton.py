@@ -4,8 +4,9 @@
 
 For each kernel, architecture, dtype, head dim and combination of options, with the block sizes that a launch
 would take: registers, bytes of stack (spilled registers), spilling instructions inside the loops over tiles
-and shared memory. Exits with 1 where shared memory exceeds the chip's, where a half-precision kernel has no
-tensor-core instruction, or where its loops spill at a head dim up to 128. A few addresses parked on the stack
+and shared memory. Exits with 1 where shared memory exceeds the chip's, where a half-precision kernel that
+multiplies has no tensor-core instruction, or where its loops spill at a head dim up to 128; those of the
+embedding may not spill at any width, which stands in for the head dim. A few addresses parked on the stack
 before a loop cost nothing, and how many there are changes with every version of ptxas.
 """
 
@@ -18,14 +19,24 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bertops.kernels import attention, attention_bwd, attention_score_mse_gram, pairs, pairs_bwd, relation_kl
+from bertops.kernels import (
+    attention,
+    attention_bwd,
+    attention_score_mse_gram,
+    embedding_rows,
+    factorized_embedding,
+    factorized_embedding_bwd,
+    pairs,
+    pairs_bwd,
+    relation_kl,
+)
 from bertops.kernels.launch import BlockConfig, block_config, padded_head_dim
 from bertops.kernels.pairs_bwd import FP16_BOOST
 
@@ -45,9 +56,17 @@ KERNELS = {
     "gram_chunks": attention_score_mse_gram._chunk_kernel,
     "gram_bwd": attention_score_mse_gram._bwd_kernel,
 }
+EMBEDDING_KERNELS = {
+    "embedding_fwd": factorized_embedding._kernel,
+    "embedding_fwd_rows": factorized_embedding._kernel,  # without a projection
+    "embedding_bwd": factorized_embedding_bwd._kernel,
+    "embedding_bwd_rows": factorized_embedding_bwd._kernel,
+}
 ARCHS = (80, 90, 100)
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+WIDTHS = {"embedding_fwd": (64, 128, 256, 1024), "embedding_bwd": (64, 128, 256)}
+ROW_WIDTHS = (312, 768, 1024, 4096)
 OPTIONS = ("plain", "mask", "mask+dropout", "packed+window", "mask+lse")
 SHARED_KB = {80: 163, 90: 227, 100: 227}
 TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bH(G|)MMA\.", 100: r"\bUTC[A-Z]*MMA\b"}
@@ -73,12 +92,13 @@ class Result(NamedTuple):
 
     def violations(self) -> list[str]:
         half = self.task.dtype != torch.float32
+        embedding = self.task.kernel in EMBEDDING_KERNELS
         found = []
         if self.shared > SHARED_KB[self.task.arch] * 1024:
             found.append(f"shared memory {self.shared} above {SHARED_KB[self.task.arch]} KB")
-        if half and not self.tensor_core:
+        if half and multiplies(self.task) and not self.tensor_core:
             found.append("no tensor-core instruction")
-        if half and self.spills and self.task.head_dim <= SPILL_FREE_HEAD_DIM:
+        if half and self.spills and (embedding or self.task.head_dim <= SPILL_FREE_HEAD_DIM):
             found.append(f"{self.spills} spills in a loop")
         return found
 
@@ -86,8 +106,21 @@ class Result(NamedTuple):
 def tasks(every: bool) -> list[Task]:
     """All combinations, or those that differ: every option on sm_90, what takes most registers elsewhere."""
     combinations = itertools.product(KERNELS, ARCHS, DTYPES, HEAD_DIMS, OPTIONS)
-    chosen = [task for task in map(Task._make, combinations) if exists(task)]
+    chosen = [task for task in map(Task._make, combinations) if exists(task)] + embedding_tasks()
     return chosen if every else [task for task in chosen if is_default(task)]
+
+
+def embedding_tasks() -> list[Task]:
+    options = ("plain", "packed+dropout")
+    return [
+        Task(kernel, arch, dtype, width, option)
+        for kernel, arch, dtype, option in itertools.product(EMBEDDING_KERNELS, ARCHS, DTYPES, options)
+        for width in WIDTHS.get(kernel, ROW_WIDTHS)
+    ]
+
+
+def multiplies(task: Task) -> bool:
+    return task.kernel not in EMBEDDING_KERNELS or task.kernel == "embedding_fwd"
 
 
 def exists(task: Task) -> bool:
@@ -96,6 +129,9 @@ def exists(task: Task) -> bool:
 
 
 def is_default(task: Task) -> bool:
+    if task.kernel in EMBEDDING_KERNELS:
+        usual = task.arch == 90 and task.head_dim in (128, 768)
+        return usual or (task.dtype == torch.bfloat16 and task.options != "plain")
     if not task.kernel.startswith("attention"):
         return is_default_pair(task)
     if task.dtype != torch.bfloat16:
@@ -117,7 +153,22 @@ def is_default_pair(task: Task) -> bool:
     return task.head_dim == 64 and task.arch == 90 and task.options == "packed+window"
 
 
+def embedding_flags(task: Task) -> dict[str, Any]:
+    """Block sizes and the number of warps that a launch would take."""
+    width = task.head_dim
+    if task.kernel == "embedding_fwd":
+        return factorized_embedding.projection_blocks(task.arch, task.dtype, width, "dropout" in task.options)
+    elements = (
+        factorized_embedding_bwd if "bwd" in task.kernel else factorized_embedding
+    )._ROW_ELEMENTS  # of a block
+    return {"num_stages": 3, "BLOCK_N": 16, **embedding_rows.row_blocks(task.arch, width, elements)}
+
+
 def task_blocks(task: Task) -> BlockConfig:
+    if task.kernel in EMBEDDING_KERNELS:
+        flags = embedding_flags(task)
+        blocks = flags["BLOCK_M"], flags["BLOCK_N" if multiplies(task) else "BLOCK_E"]
+        return BlockConfig(*blocks, flags["num_warps"], flags["num_stages"])
     config = block_config(task.kernel, task.arch, task.dtype, task.head_dim, "dropout" in task.options)
     if task.kernel.startswith("gram"):
         return config._replace(block_n=min(config.block_n, padded_head_dim(task.head_dim)))
@@ -184,6 +235,50 @@ def source(task: Task) -> ASTSource:
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
+def embedding_source(task: Task) -> ASTSource:
+    """A model of height 768 with positions, token types, LayerNorm and biases."""
+    kernel, width = EMBEDDING_KERNELS[task.kernel], task.head_dim
+    packed, dropout = "packed" in task.options, "dropout" in task.options
+    element = "*" + DTYPES[task.dtype]
+    projects = not task.kernel.endswith("_rows")
+    height = 768 if projects and task.kernel.startswith("embedding_fwd") else width
+    constants = {
+        **embedding_flags(task),
+        "STRIDES": (width, width, width),
+        "PROJECTION_STRIDE": width,
+        "WIDTH": width,
+        "HEIGHT": height,
+        "HAS_DROPOUT": dropout,
+    }
+    names = ("out", "grad", "dx", "norm_weight", "norm_bias")
+    types: dict[str, Any] = dict.fromkeys(names, element)
+    types |= dict.fromkeys(("mean", "rstd", "parts"), "*fp32")
+    types |= dict.fromkeys(("part_blocks", "tokens", "N", "num_sequences", "search", "threshold"), "i32")
+    types |= {"eps": "fp32", "kept_scale": "fp32", "table_rows": ("i32",) * 3, "tables": (element,) * 3}
+    types |= {"ids": ("*i64", None, "*i64"), "id_strides": ("i32", 1, 0, 0, "i32", 1)}
+    types |= dict.fromkeys(("projection", "projection_bias", "y"), element if projects else None)
+    types |= {"cu_seqlens": "*i32" if packed else None, "seed": "*i64" if dropout else None}
+    signature: dict[str, Any] = {}
+    constexprs, attributes = {}, {}
+
+    def specialize(place: tuple[int, ...], type: Any) -> Any:
+        if isinstance(type, tuple):
+            return tuple(specialize((*place, i), part) for i, part in enumerate(type))
+        if not isinstance(type, str):
+            constexprs[place] = type
+            return "constexpr"
+        if type.startswith("*"):
+            attributes[place] = [["tt.divisibility", 16]]
+        return type
+
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[(index,)] = "constexpr", constants[name]
+        else:
+            signature[name] = specialize((index,), types[name])
+    return ASTSource(kernel, signature, constexprs, attributes)
+
+
 def pair_types(task: Task, element: str) -> dict[str, str | tuple[str, ...]]:
     """Types of what the kernels of two models take; what a variant leaves out is a constexpr None."""
     models = ("q_s", "k_s", "q_t", "k_t", "x_s", "x_t")
@@ -204,7 +299,10 @@ def compile_task(task: Task) -> Result:
     start = time.perf_counter()
     config = task_blocks(task)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source(task), target=GPUTarget("cuda", task.arch, 32), options=options)
+    if task.kernel.startswith("embedding_fwd"):
+        options |= factorized_embedding.STOPS
+    built = embedding_source(task) if task.kernel in EMBEDDING_KERNELS else source(task)
+    compiled = triton.compile(built, target=GPUTarget("cuda", task.arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -214,14 +312,15 @@ def compile_task(task: Task) -> Result:
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     seconds = time.perf_counter() - start
     return Result(
-        task, registers, stack, loop_spills(sass, task.arch), compiled.metadata.shared, tensor_core, seconds
+        task, registers, stack, loop_spills(sass, task), compiled.metadata.shared, tensor_core, seconds
     )
 
 
-def loop_spills(sass: str, arch: int) -> int:
+def loop_spills(sass: str, task: Task) -> int:
     """Loads from and stores to the stack between a loop's end and its start, in loops with products.
 
-    A loop ends in a conditional branch backwards; the unconditional ones return from a barrier's waiting.
+    In kernels without products: in any loop. A loop ends in a conditional branch backwards; the unconditional
+    ones return from a barrier's waiting.
     """
     code = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
     spills = set()
@@ -229,7 +328,8 @@ def loop_spills(sass: str, arch: int) -> int:
         branch = re.search(r"(?:@.*\bBRA\b|\bBRA\.U !?UP).*?0x([0-9a-f]+)", line)
         start = int(branch[1], 16) if branch else end
         body = [(at, line) for at, line in code if start <= at <= end]
-        if start < end and any(re.search(TENSOR_CORE[arch], line) for _, line in body):
+        counts = not multiplies(task) or any(re.search(TENSOR_CORE[task.arch], line) for _, line in body)
+        if start < end and counts:
             spills |= {at for at, line in body if re.search(r"\b(LDL|STL)\b", line)}
     return len(spills)
 
@@ -242,8 +342,8 @@ def cuobjdump(*arguments: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=ARCHS)
-    parser.add_argument("--kernel", choices=KERNELS)
-    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS)
+    parser.add_argument("--kernel", choices=[*KERNELS, *EMBEDDING_KERNELS])
+    parser.add_argument("--head-dim", type=int)
     parser.add_argument("--all", action="store_true", help="every dtype, head dim and option on every chip")
     parser.add_argument("--jobs", type=int, default=2)
     wanted = parser.parse_args()

@@ -24,8 +24,10 @@ from bench import (  # noqa: E402
     bench_compact,
     bench_entropy,
     bench_exit_decision,
+    bench_factorized_embedding,
     bench_relation_kl,
     correctness,
+    embedding,
     loss_providers,
     measure,
     paired,
@@ -36,6 +38,7 @@ from bench import (  # noqa: E402
     shapes,
     work,
 )
+from bench.embedding import EmbeddingCase  # noqa: E402
 from bench.limits import Limits, Work  # noqa: E402
 from bench.loss_providers import KL, SCORE_MSE, kl_by_attention  # noqa: E402
 from bench.measure import Comparison, Op, noise  # noqa: E402
@@ -309,7 +312,7 @@ def test_maps_that_do_not_fit_are_not_tried(monkeypatch):
     assert results[1].reason == "its maps would take 0 GB"
 
 
-ROW_OPS = [bench_entropy.op, bench_exit_decision.op, bench_compact.op]
+ROW_OPS = [bench_entropy.op, bench_exit_decision.op, bench_compact.op, bench_factorized_embedding.op]
 ROW_CASES = [
     (bench_entropy.op, LogitsCase(400, 3), "both"),
     (bench_entropy.op, LogitsCase(3, 1000), "forward"),
@@ -318,6 +321,8 @@ ROW_CASES = [
     (bench_exit_decision.op, LogitsCase(64, 2, dtype=torch.bfloat16), "forward"),
     (bench_compact.op, HiddenCase(9, 5, 8), "forward"),
     (bench_compact.op, HiddenCase(9, 5, 8, packed=True), "forward"),
+    (bench_factorized_embedding.op, EmbeddingCase(2, 9, 30, 8, 12), "both"),
+    (bench_factorized_embedding.op, EmbeddingCase(2, 9, 30, 8, skewed=True), "both"),
 ]
 
 
@@ -382,6 +387,16 @@ def test_work_of_row_ops():
     packed = HiddenCase(8, 5, 6, packed=True).draw(HIDDEN, CPU)
     tokens = sum(n for n, stays in zip(packed.cu_seqlens.diff().tolist(), packed.stay, strict=True) if stays)
     assert work.compact(packed, "forward").bytes == 2 * tokens * 6 * 4
+
+
+def test_work_of_the_embedding():
+    inputs = EmbeddingCase(1, 4, 30, 8, 12).draw(embedding.PARAMETERS, CPU)
+    rows, weights = len(set(inputs.input_ids.flatten().tolist())), 514 * 8 + 2 * 8 + 12 * 8 + 12
+    forward = Work(2 * 4 * 8 * 12, 0, 4 * (rows * 8 + weights + 4 * 12) + 2 * 4 * 8)
+    assert embedding.work(inputs, "forward") == forward
+    both = Work(3 * forward.flops, 0, 2 * forward.bytes + 4 * (30 * 8 + weights))
+    assert embedding.work(inputs, "both") == both
+    assert embedding.work(EmbeddingCase(1, 4, 30, 8).draw(embedding.PARAMETERS, CPU), "both").flops == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """ALBERT's embedding, and BERT's: rows of three tables, LayerNorm, projection."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from bertops.ops import _checks
 from bertops.ops._autograd import once_differentiable
 from bertops.ops.attention import AUTOCAST_DEVICES
 
-ID_DTYPES = (torch.int64, torch.int32)
 PARAMETERS = (
     "word",
     "position",
@@ -91,8 +91,8 @@ def factorized_embedding(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. On a CPU an id outside its
-            table is a ValueError that names the first one and its place; on a GPU it stops the kernel with a
-            message.
+            table is a ValueError that names the first one and its place (from the kernel, and so under
+            torch.compile, a RuntimeError that says the same); on a GPU it stops the kernel with a message.
         RuntimeError: no kernel for this device, or the chosen ``impl`` is not available; says why.
 
     Source: Lan et al. 2020 (ALBERT), section 3.1; its code puts LayerNorm and dropout at width E. Devlin
@@ -111,14 +111,14 @@ def factorized_embedding(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=word.device)
-    rest = float(eps), float(dropout_p), seed
+    arguments: tuple[Any, ...] = (*ids, *parameters, float(eps), float(dropout_p), seed)
     backend = _backend.resolve("factorized_embedding", impl, word.device)
     if backend == "reference":
-        return reference.factorized_embedding(*ids, *parameters, *rest, padding_idx, position_padding_idx)
+        return reference.factorized_embedding(*(*arguments, padding_idx, position_padding_idx))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parameters):
         options = backend, padding_idx, position_padding_idx, sparse
-        return _FactorizedEmbedding.apply(options, *ids, *parameters, *rest)
-    return _forward_kernel(backend)(*ids, *parameters, *rest)[0]
+        return _FactorizedEmbedding.apply(options, *arguments)
+    return _forward_kernel(backend)(*arguments)[0]
 
 
 class _FactorizedEmbedding(torch.autograd.Function):
@@ -211,22 +211,12 @@ def _check_ids(ids: tuple[Any, ...], parameters: tuple[Any, ...]) -> None:
     """Shapes and dtypes of the ids, and that every one of them has its row."""
     input_ids, position_ids, token_type_ids, cu_seqlens = ids
     word, position, token_type, *_ = parameters
-    if not isinstance(input_ids, Tensor) or input_ids.dtype not in ID_DTYPES or input_ids.dim() != 2:
-        raise ValueError(
-            f"input_ids must be int64 or int32 of shape (B, N), got {_checks.describe(input_ids)}"
-        )
-    batch, length = input_ids.shape
-    given = (("position_ids", position_ids, position), ("token_type_ids", token_type_ids, token_type))
-    for name, x, table in given:
-        if x is None:
-            continue
-        fits = isinstance(x, Tensor) and x.dtype in ID_DTYPES and x.dim() == 2
-        if not fits or x.shape not in ((batch, length), (1, length)):
-            raise ValueError(
-                f"{name} must be int64 or int32 of shape {(batch, length)} or {(1, length)}, "
-                f"got {_checks.describe(x)}"
-            )
-        if table is None:
+    _checks.check_ids(input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
+    for name, x, table in (
+        ("position_ids", position_ids, position),
+        ("token_type_ids", token_type_ids, token_type),
+    ):
+        if x is not None and table is None:
             raise ValueError(f"{name} must be None without {name.removesuffix('_ids')}")
     for name, x in (
         ("input_ids", input_ids),
@@ -241,11 +231,8 @@ def _check_ids(ids: tuple[Any, ...], parameters: tuple[Any, ...]) -> None:
     if position is not None:
         if position_ids is not None:
             _check_rows("position_ids", position_ids, "position", position)
-        elif cu_seqlens is None and length > position.shape[0]:
-            raise ValueError(
-                f"position must have a row for each of the {length} columns of input_ids, "
-                f"got {_checks.describe(position)}"
-            )
+        else:
+            _check_default_positions(input_ids, cu_seqlens, position)
     if token_type is not None and token_type_ids is not None:
         _check_rows("token_type_ids", token_type_ids, "token_type", token_type)
 
@@ -263,6 +250,24 @@ def _check_rows(name: str, ids: Tensor, table_name: str, table: Tensor) -> None:
         f"{name} must be from 0 to {rows - 1}, the rows of {table_name}, "
         f"got {int(ids[batch, column])} at [{batch}, {column}]"
     )
+
+
+def _check_default_positions(input_ids: Tensor, cu_seqlens: Tensor | None, position: Tensor) -> None:
+    """Every column has its row; of packed sequences that is in the values, which are read on a CPU alone."""
+    rows, length = position.shape[0], input_ids.shape[1]
+    if cu_seqlens is None and length > rows:
+        raise ValueError(
+            f"position must have a row for each of the {length} columns of input_ids, "
+            f"got {_checks.describe(position)}"
+        )
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for start, end in pairwise(cu_seqlens.tolist()):
+        if end - start > rows:
+            raise ValueError(
+                f"position must have a row for every position, of which it has {rows}, "
+                f"got position {rows} at [0, {start + rows}]"
+            )
 
 
 def _check_padding(name: str, index: int | None, table_name: str, table: Tensor | None) -> int | None:
