@@ -1,0 +1,7 @@
+"""The training loop of every recipe: an objective, a stream of batches and a plan in, a run folder out."""
+
+from bertops.training.loop import measure, train
+from bertops.training.optimizer import AdamW
+from bertops.training.plan import Batch, Objective, Outcome, Plan, Stream
+
+__all__ = ["AdamW", "Batch", "Objective", "Outcome", "Plan", "Stream", "measure", "train"]
