@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-MAX_TOKENS = 2**31 - 1  # cu_seqlens is int32
+from bertops.data._host import MAX_TOKENS, host
 
 
 class Unpadded(NamedTuple):
@@ -63,7 +62,7 @@ def unpad(mask: ArrayLike) -> Unpadded:
     if mask.dtype != np.bool_ and not np.issubdtype(mask.dtype, np.integer):
         raise TypeError(f"mask must be bool or integer, true for a real token, got {mask.dtype}")
     _check_count("mask", mask.size)
-    return Unpadded(*_host().unpad(mask != 0))
+    return Unpadded(*host().unpad(mask != 0))
 
 
 def pack(sequences: Sequence[ArrayLike]) -> PackedBatch:
@@ -98,13 +97,3 @@ def _check_count(name: str, count: int) -> None:
         raise ValueError(
             f"{name} must hold at most {MAX_TOKENS} tokens, int32 offsets count no further: {count}"
         )
-
-
-def _host() -> Any:
-    try:
-        return import_module("bertops._host")
-    except ImportError as error:
-        raise ImportError(
-            f"bertops._host could not be loaded ({error}); build it with "
-            "'pip install --no-build-isolation -e .' in the source tree"
-        ) from error

@@ -1,21 +1,16 @@
 // bertops._host: token streams as numpy arrays, without torch.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
-#include <cstdint>
 #include <stdexcept>
 #include <string>
 
-namespace py = pybind11;
+#include "host/arrays.h"
 
+namespace bertops {
 namespace {
-
-using Mask = py::array_t<bool, py::array::c_style | py::array::forcecast>;
 
 // Where the real tokens of a padded (B, N) batch stand, in row order: their flat indices (T,), their positions
 // counted over real tokens (T,), and the offset of every row, cu_seqlens (B + 1,).
-py::tuple unpad(const Mask& mask) {
+py::tuple unpad(const Input<bool>& mask) {
   if (mask.ndim() != 2)
     throw std::invalid_argument("mask must have shape (B, N), got rank " + std::to_string(mask.ndim()));
   const int64_t batch = mask.shape(0), length = mask.shape(1);
@@ -42,8 +37,13 @@ py::tuple unpad(const Mask& mask) {
 }
 
 }  // namespace
+}  // namespace bertops
 
 PYBIND11_MODULE(_host, module) {
-  module.doc() = "Host side of the data path: packing of token streams over numpy arrays.";
-  module.def("unpad", &unpad, py::arg("mask"));
+  module.doc() =
+      "Host side of the data path: packing, masking and pairing of token streams over numpy arrays.";
+  module.def("unpad", &bertops::unpad, pybind11::arg("mask"));
+  bertops::define_masking(module);
+  bertops::define_token_packing(module);
+  bertops::define_sentence_order(module);
 }

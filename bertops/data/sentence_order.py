@@ -1,0 +1,114 @@
+"""ALBERT's input: two consecutive segments of a document, in order or swapped."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bertops.data._host import MAX_TOKENS, check_epoch, check_range, check_seed, host, rate
+from bertops.data.corpus import TokenCorpus
+from bertops.data.examples import Sequences, checked_indices
+from bertops.data.text import SpecialTokens
+
+NUM_SPECIAL = 3  # [CLS] A [SEP] B [SEP]
+
+
+class SentencePairs(NamedTuple):
+    """The pairs of an epoch, as spans of the corpus."""
+
+    spans: NDArray[
+        np.int64
+    ]  # (P, 4): A is tokens[spans[:, 0]:spans[:, 1]], B is tokens[spans[:, 2]:spans[:, 3]]
+    labels: NDArray[np.int64]  # (P,), 1 = swapped
+
+
+class SentenceOrderPairs:
+    """Sequences ``[CLS] A [SEP] B [SEP]`` with the label of sentence-order prediction, anew in every epoch.
+
+    Lines of a document are collected until they have ``length - 3`` tokens, or, in a document drawn with
+    probability ``short_prob``, a number drawn from 2 to ``length - 3``. They are cut between two lines
+    drawn at random; the halves are A and B, with probability 1/2 swapped (label 1). What is too long loses
+    tokens one by one, the longer segment first, at its front or its back with probability 1/2 each.
+
+    At least two lines make a pair: a line that reaches the wanted number alone takes one more, and a line
+    left alone at the end of its document, or in a document of one line, is left out. With
+    ``random_segments`` such a line is a pair with lines of another document, labelled 1, as in the official
+    code: topics then give the answer away.
+
+    The pairs are a function of (seed, epoch, document) and of the corpus.
+
+    Sources: Devlin et al. 2019 (BERT) and Lan et al. 2020 (ALBERT), section 3.1, and their data code, in
+    which the pairs are made once and not every epoch.
+
+    Args:
+        corpus: documents of sentences.
+        length: most tokens of a sequence, special ones included; 5 or more.
+        special: ids of ``[CLS]``, ``[SEP]`` and the padding.
+        seed: 64 bits.
+        short_prob: probability that the sequences of a document are made shorter.
+        random_segments: one line alone is paired with another document.
+
+    Raises:
+        ValueError: an argument out of range; no document has two lines; or ``random_segments`` with one
+            document.
+        ImportError: the compiled module is missing; says how to build it.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenCorpus,
+        length: int,
+        special: SpecialTokens,
+        *,
+        seed: int = 0,
+        short_prob: float = 0.1,
+        random_segments: bool = False,
+    ) -> None:
+        self.corpus, self.special, self.seed = corpus, special, check_seed(seed)
+        self.length = check_range("length", length, NUM_SPECIAL + 2, MAX_TOKENS)
+        self.short_rate, self.random_segments = rate("short_prob", short_prob), random_segments
+        if random_segments and corpus.num_documents == 1:
+            raise ValueError("random_segments needs two documents or more, got a corpus of 1")
+        if not random_segments and corpus.num_lines == corpus.num_documents:
+            raise ValueError(
+                "corpus must have a document of two lines or more, got one line in every document"
+            )
+        self._made: tuple[int, SentencePairs] | None = None
+
+    def pairs(self, epoch: int = 0) -> SentencePairs:
+        """All pairs of an epoch; those of the last one asked for are kept."""
+        if self._made is None or self._made[0] != epoch:
+            made = host().sentence_order_pairs(
+                self.corpus.line_offsets,
+                self.corpus.document_offsets,
+                most=self.length - NUM_SPECIAL,
+                short_rate=self.short_rate,
+                random_segments=self.random_segments,
+                seed=self.seed,
+                epoch=check_epoch(epoch),
+            )
+            self._made = (epoch, SentencePairs(*made))
+        return self._made[1]
+
+    def count(self, epoch: int = 0) -> int:
+        """How many pairs the epoch has: it differs from epoch to epoch."""
+        return len(self.pairs(epoch).labels)
+
+    def gather(self, indices: ArrayLike, epoch: int = 0, *, packed: bool = False) -> Sequences:
+        """The pairs of these numbers, padded to ``length``, or end to end.
+
+        Raises:
+            IndexError: a number outside [0, count(epoch)).
+        """
+        spans, labels = self.pairs(epoch)
+        index = checked_indices(indices, len(labels))
+        ids, types, cu_seqlens = host().gather_pairs(
+            self.corpus.tokens,
+            spans[index],
+            cls=self.special.cls_token_id,
+            sep=self.special.sep_token_id,
+            pad=self.special.pad_token_id,
+            padded_length=0 if packed else self.length,
+        )
+        shape = (-1,) if packed else (len(index), self.length)
+        return Sequences(ids.reshape(shape), cu_seqlens, types.reshape(shape), labels[index])
