@@ -17,7 +17,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
 import training_run
-from bertops.training import AdamW, Plan, checkpoint
+from bertops.training import AdamW, Plan, checkpoint, curves
 from bertops.training.checkpoint import checkpoint_steps, read_checkpoint
 from bertops.training.optimizer import linear
 from bertops.training.run_folder import RunFolder
@@ -32,6 +32,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch, request):
+    """Drawing takes most of the time of so small a run."""
+    if request.node.name != "test_final_files":
+        monkeypatch.setattr(curves, "draw", lambda lines: b"")
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +335,9 @@ def test_evaluation(tmp_path):
     batches = held_out()
     sums = [objective(batch)["token"] for batch in batches]
     count = sum(objective.counts(batch)["token"] for batch in batches)
-    assert metrics(tmp_path)[-1]["evaluation"]["token"] == pytest.approx(float(sum(sums).detach()) / count, rel=1e-6)
+    assert metrics(tmp_path)[-1]["evaluation"]["token"] == pytest.approx(
+        float(sum(sums).detach()) / count, rel=1e-6
+    )
 
 
 def test_bf16(tmp_path):
@@ -342,8 +351,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     broken = Toy()
     with torch.no_grad():
         broken.decoder.bias[0] = float("nan")
-    broken.weights = {"token": 1.0}
-    with pytest.raises(FloatingPointError, match="token is not finite"):
+    with pytest.raises(FloatingPointError, match=r"token.* not finite"):
         run(tmp_path, objective=broken)
     assert checkpoint_steps(tmp_path / "checkpoints") == []
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bertops.training import AdamW, Objective, Outcome, Plan, measure, train
+from bertops.training import AdamW, Objective, Outcome, Plan, Run, measure, train
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 13, 8, 4, 6
 PLAN = Plan(
@@ -98,11 +98,18 @@ def evaluate(accelerator, module) -> dict[str, float]:
 
 
 def run(
-    out, plan: Plan = PLAN, *, dropout: float = 0.0, rows: int = ROWS, act=lambda i: None, **options
+    out,
+    plan: Plan = PLAN,
+    *,
+    dropout: float = 0.0,
+    rows: int = ROWS,
+    act=lambda i: None,
+    objective: Toy | None = None,
+    **options,
 ) -> Outcome:
-    objective = options.pop("objective", None) or Toy(dropout)
-    options = {"config": {"dropout": dropout}, "evaluate": evaluate, "cpu": True, "quiet": True} | options
-    return train(objective, Rows(rows, act), plan, out, **options)
+    options = {"evaluate": evaluate, "quiet": True} | options
+    with Run(out, plan, {"dropout": dropout}, cpu=True) as opened:
+        return train(opened, objective or Toy(dropout), Rows(rows, act), **options)
 
 
 def main(kind: str, out: str) -> None:

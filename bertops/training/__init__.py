@@ -3,5 +3,6 @@
 from bertops.training.loop import measure, train
 from bertops.training.optimizer import AdamW
 from bertops.training.plan import Batch, Objective, Outcome, Plan, Stream
+from bertops.training.run import Run
 
-__all__ = ["AdamW", "Batch", "Objective", "Outcome", "Plan", "Stream", "measure", "train"]
+__all__ = ["AdamW", "Batch", "Objective", "Outcome", "Plan", "Run", "Stream", "measure", "train"]

@@ -6,10 +6,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-NOT_CURVES = ("step", "tokens", "seconds")
+NOT_CURVES = ("step", "tokens_per_second", "seconds")
 
 
-def draw_curves(lines: Sequence[dict[str, Any]]) -> bytes:
+def draw(lines: Sequence[dict[str, Any]]) -> bytes:
     """A PNG with a panel for every number in the lines of ``metrics.jsonl``.
 
     What training and evaluation both have, such as a loss, shares a panel.
@@ -22,9 +22,11 @@ def draw_curves(lines: Sequence[dict[str, Any]]) -> bytes:
             if name not in NOT_CURVES:
                 curves.setdefault(name, []).append((line["step"], value))
     names = [*trained, *(name for name in held_out if name not in trained)]
-    figure = Figure(figsize=(9, 2.6 * max(1, -(-len(names) // 2))), dpi=110, layout="constrained")
+    rows = max(1, -(-len(names) // 2))
+    figure = Figure(figsize=(9, 2.8 * rows), dpi=110)
+    figure.subplots_adjust(0.08, 0.18 / rows, 0.98, 1 - 0.12 / rows, hspace=0.45)
     for place, name in enumerate(names, start=1):
-        axes = figure.add_subplot(-(-len(names) // 2), 2, place)
+        axes = figure.add_subplot(rows, 2, place)
         if name in trained:
             axes.plot(*zip(*trained[name], strict=True), color="#9aa5b1", linewidth=1, label="training")
         if name in held_out:

@@ -8,76 +8,59 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import Tensor, nn
 
 from bertops.training.checkpoint import read_checkpoint, write_checkpoint
 from bertops.training.optimizer import linear
 from bertops.training.plan import Batch, Objective, Outcome, Plan, Stream
 from bertops.training.progress import Progress
-from bertops.training.run_folder import RunFolder
+from bertops.training.run import Run
 from bertops.training.state import TrainingState, random_state
 
 Evaluate = Callable[[Accelerator, nn.Module], dict[str, float]]
-REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def train(
+    run: Run,
     objective: Objective,
     stream: Stream,
-    plan: Plan,
-    out: str | Path,
     *,
-    config: Mapping[str, Any],
     evaluate: Evaluate | None = None,
     save_model: Callable[[Path], None] | None = None,
     card: tuple[str, str] = ("A model trained with bertops", ""),
-    cpu: bool = False,
     quiet: bool = False,
 ) -> Outcome:
-    """Trains ``objective`` in place, from the start or from the last checkpoint in ``out``.
+    """Trains ``objective`` in place, from the start or from the last checkpoint of ``run``.
 
     A step minimises the sum over k of weight_k · (sum of loss k) / (count of k), sums and counts over all its
     micro-batches in all processes. A run that was killed goes on from its last checkpoint to the same
     numbers; on a CPU, with the same number of threads, bit for bit. SIGINT and SIGTERM write a checkpoint and
-    stop; a second one stops at once. Processes and devices are those of ``accelerate``: with
-    ``accelerate launch`` or ``torchrun`` there are several, each with a replica of the model.
+    stop; a second one stops at once. The folder then holds ``config.json``, ``metrics.jsonl`` (a line a
+    logging step and one an evaluation), ``curves.png``, ``checkpoints/step-N`` and, in the end, ``model/``
+    and a model card, ``README.md``.
 
     Args:
+        run: processes, plan and folder.
         objective: see :class:`Objective`.
         stream: see :class:`Stream`.
-        plan: see :class:`Plan`.
-        out: the run's folder: ``config.json``, ``metrics.jsonl`` (a line a logging step and one an
-            evaluation), ``curves.png``, ``checkpoints/step-N`` and, in the end, ``model/`` and ``README.md``.
-        config: what else decides the result (data, sizes), as JSON can hold it.
         evaluate: gives held-out numbers; called in every process, in evaluation mode and without gradients.
             See :func:`measure`.
         save_model: fills a folder with the final model; called in the main process.
         card: title and text of the model card.
-        cpu: stay on the CPU where there is a GPU.
         quiet: show no progress.
 
     Raises:
-        FileExistsError, BlockingIOError, ValueError: ``out`` holds other things or another configuration, is
-            in use, or a file of it is damaged; names it.
+        ValueError: a checkpoint or the metrics before it are damaged; names the file.
         FloatingPointError: a loss is not finite; the last checkpoint is from before that.
-        NotImplementedError: ``accelerate`` is set to shard the model.
     """
-    replicas = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[replicas])
-    if accelerator.distributed_type not in REPLICATED:
-        raise NotImplementedError(f"train does not shard models: {accelerator.distributed_type}")
-    main, processes = accelerator.is_main_process, accelerator.num_processes
-    config = {**config, "plan": asdict(plan), "processes": processes}
-    with accelerator.main_process_first():
-        folder = RunFolder(Path(out), config, writes=main)
-    with folder, stop_signal() as stop:
+    accelerator, plan, folder = run.accelerator, run.plan, run.folder
+    with stop_signal() as stop:
         module = accelerator.prepare(objective)
         state = TrainingState(objective, plan.optimizer.build(objective), stream)
         set_seed(plan.seed + accelerator.process_index)
@@ -85,7 +68,7 @@ def train(
             state.load(read_checkpoint(checkpoint), accelerator.process_index)
         folder.rewind(state.lines)
         accelerator.wait_for_everyone()
-        progress = Progress(state.step, plan.steps, shown=main and not quiet)
+        progress = Progress(state.step, plan.steps, shown=run.main and not quiet)
 
         stopping = False
         while state.step < plan.steps and not stopping:
@@ -99,24 +82,25 @@ def train(
                 numbers = state.window.means()
                 folder.log({"step": state.step, **numbers, "learning_rate": highest_rate(state.optimizer)})
                 progress.show(state.step, numbers)
-            if state.step % plan.log_every == 0 or processes == 1:
+            if state.step % plan.log_every == 0 or accelerator.num_processes == 1:
                 stopping = any(gather_object([stop.is_set()]))
             if evaluate and (state.step % plan.evaluate_every == 0 or last):
                 with state.window.paused():
                     held_out = run_evaluation(evaluate, accelerator, module, plan)
                     folder.log({"step": state.step, "evaluation": held_out})
-                    folder.draw()
+                    if not last:
+                        folder.draw()
                 progress.show(state.step, held_out)
             if state.step % plan.checkpoint_every == 0 or last or stopping:
                 state.lines = len(folder.metrics)
                 parts = state.parts(gather_object([random_state()]))
                 with state.window.paused():
-                    if main:
+                    if run.main:
                         write_checkpoint(folder.checkpoints, state.step, parts, plan.keep)
 
         progress.close()
         finished = state.step == plan.steps
-        if finished and main:
+        if finished and run.main:
             folder.draw()
             if save_model is not None:
                 folder.save_model(save_model)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bertops._files import write_whole
+from bertops.training import curves
 from bertops.training.checkpoint import checkpoint_steps
-from bertops.training.curves import draw_curves
 
 CONFIG, METRICS, CURVES, CARD, MODEL, LOCK = (
     "config.json",
@@ -112,7 +112,8 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def draw(self) -> None:
-        write_whole(self.path / CURVES, draw_curves(self.metrics))
+        if self.writes:
+            write_whole(self.path / CURVES, curves.draw(self.metrics))
 
     def save_model(self, save: Callable[[Path], None]) -> None:
         """``save`` fills a folder, which then becomes ``model``, whole."""
