@@ -21,9 +21,7 @@ from bertops.training import AdamW, Plan, checkpoint, curves
 from bertops.training.checkpoint import checkpoint_steps, read_checkpoint
 from bertops.training.optimizer import linear
 from bertops.training.run_folder import RunFolder
-from training_run import PLAN, Toy, held_out, metrics, run
-
-DROPOUT = 0.3  # so that every random generator matters
+from training_run import DROPOUT, PLAIN, PLAN, Toy, held_out, metrics, run
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +49,18 @@ def straight(tmp_path_factory) -> Path:
     return out
 
 
-def start(kind: str, out: Path, **environment: str) -> subprocess.Popen:
-    paths = os.pathsep.join(sys.path)
-    return subprocess.Popen(
-        [sys.executable, training_run.__file__, kind, str(out)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
-    )
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory) -> Path:
+    """Two runs in processes of their own: ``killed`` after its checkpoint, and ``two``, shared by two."""
+    out = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, training_run.__file__, str(out), port]
+    statuses = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
+    assert json.loads(statuses) == [-signal.SIGKILL, 0, 0]
+    return out
 
 
 def assert_same(found, expected, where: str = "") -> None:
@@ -91,12 +95,12 @@ def trained(out: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(out / "checkpoints" / f"step-{checkpoint_steps(out / 'checkpoints')[-1]}")["model"]
 
 
-def test_a_killed_run_goes_on_to_the_same_result(straight, tmp_path):
-    assert start("killed", tmp_path).wait() == -signal.SIGKILL
-    assert checkpoint_steps(tmp_path / "checkpoints") == [5]
-    assert metrics(tmp_path)[-1]["step"] == 6, "written after the checkpoint, to be replaced"
-    assert run(tmp_path, dropout=DROPOUT).finished
-    assert_same_run(tmp_path, straight)
+def test_a_killed_run_goes_on_to_the_same_result(straight, processes):
+    out = processes / "killed"
+    assert checkpoint_steps(out / "checkpoints") == [5]
+    assert metrics(out)[-1]["step"] == 6, "written after the checkpoint, to be replaced"
+    assert run(out, dropout=DROPOUT).finished
+    assert_same_run(out, straight)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -248,18 +252,9 @@ def test_accumulation_is_one_big_batch(tmp_path):
     assert_close(tmp_path / "small", tmp_path / "big", 1e-5)
 
 
-def test_two_processes_are_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    addresses |= {"GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        start("two", tmp_path / "two", RANK=rank, LOCAL_RANK=rank, **addresses) for rank in ("0", "1")
-    ]
-    run(tmp_path / "one", replace(PLAN, checkpoint_every=100))
-    assert [process.wait() for process in processes] == [0, 0]
-    assert_close(tmp_path / "two", tmp_path / "one", 1e-5)
+def test_two_processes_are_one(processes, tmp_path):
+    run(tmp_path, PLAIN)
+    assert_close(processes / "two", tmp_path, 1e-5)
 
 
 def assert_close(found: Path, expected: Path, tolerance: float) -> None:

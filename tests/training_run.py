@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bertops.training import AdamW, Objective, Outcome, Plan, Run, measure, train
+from bertops.training import AdamW, Objective, Outcome, Plan, Run, curves, measure, train
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 13, 8, 4, 6
 PLAN = Plan(
@@ -24,6 +25,9 @@ PLAN = Plan(
     evaluate_every=6,
     checkpoint_every=5,
 )
+
+PLAIN = replace(PLAN, checkpoint_every=100)
+DROPOUT = 0.3  # so that every random generator matters
 
 
 class Toy(Objective):
@@ -112,18 +116,39 @@ def run(
         return train(opened, objective or Toy(dropout), Rows(rows, act), **options)
 
 
-def main(kind: str, out: str) -> None:
+def killed(out: Path) -> None:
+    def kill(drawn: int) -> None:
+        if drawn == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(out, dropout=DROPOUT, act=kill)
+
+
+def one_of_two(out: Path, rank: int, port: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    run(out, PLAIN, rows=ROWS // 2)
+
+
+def main(folder: str, port: str) -> None:
+    """Forks the processes that test_training.py wants, after one import; prints their statuses."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # as under test
-    if kind == "killed":
-
-        def kill(drawn: int) -> None:
-            if drawn == 8:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        run(out, dropout=0.3, act=kill)
-    if kind == "two":
-        run(out, replace(PLAN, checkpoint_every=100), rows=ROWS // 2)
+    curves.draw = lambda lines: b""
+    out = Path(folder)
+    works = [
+        partial(killed, out / "killed"),
+        partial(one_of_two, out / "two", 0, port),
+        partial(one_of_two, out / "two", 1, port),
+    ]
+    children = []
+    for work in works:
+        child = os.fork()
+        if not child:
+            work()
+            os._exit(0)
+        children.append(child)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
 
 
 def metrics(out) -> list[dict]:
