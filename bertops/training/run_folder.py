@@ -42,6 +42,7 @@ class RunFolder:
     def __init__(self, path: Path, config: Mapping[str, Any], *, writes: bool = True) -> None:
         self.path, self.writes = path, writes
         self.metrics: list[dict[str, Any]] = []  # the lines of metrics.jsonl
+        self.baselines: dict[str, float] = {}  # by the name of a metric
         if path.exists() and not path.is_dir():
             raise FileExistsError(f"{path} is a file, expected a folder for the run")
         strangers = sorted(file.name for file in path.glob("*")) if path.exists() else []
@@ -113,7 +114,7 @@ class RunFolder:
 
     def draw(self) -> None:
         if self.writes:
-            write_whole(self.path / CURVES, curves.draw(self.metrics))
+            write_whole(self.path / CURVES, curves.draw(self.metrics, self.baselines))
 
     def save_model(self, save: Callable[[Path], None]) -> None:
         """``save`` fills a folder, which then becomes ``model``, whole."""
@@ -131,6 +132,7 @@ class RunFolder:
         evaluated = [line for line in self.metrics if "evaluation" in line]
         rows = [(f"training {name}", value) for name, value in (trained[-1:] or [{}])[0].items()]
         rows += [(f"held-out {name}", value) for name, value in _last_evaluation(evaluated).items()]
+        rows += [(f"baseline {name}", value) for name, value in self.baselines.items()]
         table = "\n".join(f"| {name} | {_rounded(value)} |" for name, value in rows)
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES if _installed(name))
         card = (
