@@ -270,13 +270,11 @@ def save_model(model: "Pretrained", folder: Path) -> None:
         from safetensors.torch import save
     except ImportError as error:
         raise ImportError("writing a checkpoint needs safetensors: pip install bertops[hf]") from error
-    tensors = hf_tensors(model)
-    config = {
+    config = model.config.to_hf() | {
         "architectures": [CLASSES[model.config.family] + model.hf_name],
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        **model.config.to_hf(),
     }
-    weights = save(tensors, {"format": "pt"})
+    weights = save(hf_tensors(model), {"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / WEIGHTS, weights)
     write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())

@@ -81,9 +81,9 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors``, from which transformers makes the same model.
 
-        Each file is the old one or the new one, never a part of it; the tensors come first. Where
-        transformers cannot share as an ALBERT does, every layer gets its copy, and reading checks that they
-        are equal.
+        Each file is the old one or the new one, never a part of it; the tensors come first. Of the RoBERTa
+        family it is transformers' RoBERTa. Where transformers cannot share as an ALBERT does, every layer
+        gets its copy, and reading checks that they are equal.
 
         Args:
             folder: made where it does not exist.
