@@ -25,7 +25,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to write to, which becomes ``path`` at the end; after an error nothing is left of it.
+    """A temporary folder to write to; it becomes ``path`` at the end. An error leaves nothing of it.
 
     Raises:
         OSError: at the end, where ``path`` has come to hold something by then.

@@ -1,6 +1,7 @@
 """Loads the compiled module ``bertops._host``, and checks what all its callers check."""
 
 from importlib import import_module
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,13 @@ def rate(name: str, probability: float) -> int:
 
 def check_range(name: str, value: int, low: int, high: int) -> int:
     """``value`` as an int in [low, high]."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
-    return int(value)
+    try:
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {number}")
+    return number
 
 
 def check_seed(seed: int) -> int:

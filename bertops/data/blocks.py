@@ -70,9 +70,10 @@ class SentenceBlocks:
         """The blocks of these numbers, padded to ``length``, or end to end.
 
         Raises:
+            ValueError: more tokens than int32 offsets count.
             IndexError: a number outside [0, count).
         """
-        index = checked_indices(indices, self.count())
+        index = checked_indices(indices, self.count(), self.length)
         ids, cu_seqlens = host().gather_blocks(
             self.corpus.tokens,
             self.corpus.line_offsets,

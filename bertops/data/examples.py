@@ -6,7 +6,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bertops.data._host import integers
+from bertops.data._host import MAX_TOKENS, integers
+from bertops.data.corpus import TokenCorpus
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Sequences:
 class Examples(Protocol):
     """A source of sequences: ``SentenceBlocks`` or ``SentenceOrderPairs``."""
 
-    length: int
+    corpus: TokenCorpus
+    length: int  # most tokens of a sequence
 
     def count(self, epoch: int = 0) -> int:
         """How many sequences an epoch has."""
@@ -49,9 +51,14 @@ class Examples(Protocol):
         """The sequences of these numbers, in this order."""
 
 
-def checked_indices(indices: ArrayLike, count: int) -> NDArray[np.int64]:
-    """Numbers in [0, count) as int64."""
+def checked_indices(indices: ArrayLike, count: int, length: int) -> NDArray[np.int64]:
+    """Numbers in [0, count) as int64; not so many that int32 could not count their tokens."""
     array = integers("indices", indices)
     if array.size and not (array.min() >= 0 and array.max() < count):
         raise IndexError(f"indices must lie in [0, {count}), got {array.min()} to {array.max()}")
+    if array.size * length > MAX_TOKENS:
+        raise ValueError(
+            f"indices must ask for at most {MAX_TOKENS} tokens, int32 offsets count no further: got "
+            f"{array.size} sequences of length {length}"
+        )
     return array

@@ -25,10 +25,10 @@ class SentencePairs(NamedTuple):
 class SentenceOrderPairs:
     """Sequences ``[CLS] A [SEP] B [SEP]`` with the label of sentence-order prediction, anew in every epoch.
 
-    Lines of a document are collected until they have ``length - 3`` tokens, or, in a document drawn with
-    probability ``short_prob``, a number drawn from 2 to ``length - 3``. They are cut between two lines
-    drawn at random; the halves are A and B, with probability 1/2 swapped (label 1). What is too long loses
-    tokens one by one, the longer segment first, at its front or its back with probability 1/2 each.
+    Lines of a document are collected until they have ``length - 3`` tokens, or, with probability
+    ``short_prob``, a number drawn from 2 to ``length - 3``. They are cut between two lines drawn at random;
+    the halves are A and B, with probability 1/2 swapped (label 1). What is too long loses tokens one by one,
+    the longer segment first, at its front or its back with probability 1/2 each.
 
     At least two lines make a pair: a line that reaches the wanted number alone takes one more, and a line
     left alone at the end of its document, or in a document of one line, is left out. With
@@ -37,15 +37,16 @@ class SentenceOrderPairs:
 
     The pairs are a function of (seed, epoch, document) and of the corpus.
 
-    Sources: Devlin et al. 2019 (BERT) and Lan et al. 2020 (ALBERT), section 3.1, and their data code, in
-    which the pairs are made once and not every epoch.
+    Sources: Devlin et al. 2019 (BERT), and Lan et al. 2020 (ALBERT), section 3.1. Their code makes the pairs
+    once and not every epoch, and draws whether sequences are short once for a whole document, whose short
+    ones then outnumber the 10 % that the paper gives.
 
     Args:
         corpus: documents of sentences.
         length: most tokens of a sequence, special ones included; 5 or more.
         special: ids of ``[CLS]``, ``[SEP]`` and the padding.
         seed: 64 bits.
-        short_prob: probability that the sequences of a document are made shorter.
+        short_prob: probability that a sequence is made shorter.
         random_segments: one line alone is paired with another document.
 
     Raises:
@@ -77,8 +78,9 @@ class SentenceOrderPairs:
 
     def pairs(self, epoch: int = 0) -> SentencePairs:
         """All pairs of an epoch; those of the last one asked for are kept."""
-        if self._made is None or self._made[0] != epoch:
-            made = host().sentence_order_pairs(
+        made = self._made  # one look: another thread may put another epoch there
+        if made is None or made[0] != epoch:
+            arrays = host().sentence_order_pairs(
                 self.corpus.line_offsets,
                 self.corpus.document_offsets,
                 most=self.length - NUM_SPECIAL,
@@ -87,8 +89,8 @@ class SentenceOrderPairs:
                 seed=self.seed,
                 epoch=check_epoch(epoch),
             )
-            self._made = (epoch, SentencePairs(*made))
-        return self._made[1]
+            made = self._made = (epoch, SentencePairs(*arrays))
+        return made[1]
 
     def count(self, epoch: int = 0) -> int:
         """How many pairs the epoch has: it differs from epoch to epoch."""
@@ -98,10 +100,11 @@ class SentenceOrderPairs:
         """The pairs of these numbers, padded to ``length``, or end to end.
 
         Raises:
+            ValueError: more tokens than int32 offsets count.
             IndexError: a number outside [0, count(epoch)).
         """
         spans, labels = self.pairs(epoch)
-        index = checked_indices(indices, len(labels))
+        index = checked_indices(indices, len(labels), self.length)
         ids, types, cu_seqlens = host().gather_pairs(
             self.corpus.tokens,
             spans[index],

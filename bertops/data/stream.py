@@ -138,13 +138,13 @@ class PretrainingStream:
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The numbers of an epoch's sequences in order, for all ranks; the last one asked for is kept."""
-        if self._order is None or self._order[0] != epoch:
+        found = self._order  # one look: another thread may put another epoch there
+        if found is None or found[0] != epoch:
+            check_epoch(epoch)
             count = self.examples.count(self._drawn(epoch))
-            order = (
-                host().permutation(count, self.seed, check_epoch(epoch)) if self.shuffle else np.arange(count)
-            )
-            self._order = (epoch, order)
-        return self._order[1]
+            order = host().permutation(count, self.seed, epoch) if self.shuffle else np.arange(count)
+            found = self._order = (epoch, order)
+        return found[1]
 
     def _drawn(self, epoch: int) -> int:
         """The epoch that masks and pairs are drawn for."""
@@ -197,5 +197,5 @@ class PretrainingStream:
             "drop_last": self.drop_last,
             "static": self.static,
             "length": self.examples.length,
-            "sequences_of_epoch_0": self.examples.count(0),
+            "tokens": self.examples.corpus.num_tokens,
         }

@@ -108,6 +108,8 @@ def train_tokenizer(
     ``bpe`` is RoBERTa's: byte-level, ``Ġ`` before a word, also before the first of a line; case is kept.
     ``unigram`` is ALBERT's: SentencePiece's unigram model, lower case, ``▁`` before a word.
     Text is encoded without special tokens: ``SentenceBlocks`` and ``SentenceOrderPairs`` add them.
+    Train once and keep the result (``save``, ``Tokenizer.from_file``): the library may choose and number the
+    pieces of wordpiece and unigram differently in another process.
 
     Args:
         paths: as ``read_documents`` takes them.

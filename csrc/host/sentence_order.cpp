@@ -28,11 +28,10 @@ class PairMaker {
 
   void add_document(int64_t d) {
     Draws draws(seed_, Purpose::kSentenceOrder, epoch_, d);
-    int64_t target = most_;
-    if (draws.chance(short_rate_)) target = 2 + static_cast<int64_t>(draws.below(most_ - 1));
     const int64_t last = document_[d + 1], least = random_segments_ ? 1 : 2;
     for (int64_t first = document_[d]; first < last;) {
-      int64_t end = first + 1;
+      int64_t target = most_, end = first + 1;
+      if (draws.chance(short_rate_)) target = 2 + static_cast<int64_t>(draws.below(most_ - 1));
       while (end < last && (line_[end] - line_[first] < target || end - first < least)) ++end;
       if (end - first >= least) add_pair(d, first, end, target, draws);
       first = end;
