@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from bertops.training import Outcome
 
 NEEDS = ("accelerate", "tqdm", "matplotlib", "tokenizers", "safetensors")
-RECIPES: dict[str, type[Settings]] = {"roberta": RobertaSettings, "albert": AlbertSettings}
+SETTINGS: dict[str, type[Settings]] = {"roberta": RobertaSettings, "albert": AlbertSettings}
 
 
 def add_pretrain(commands: Any) -> None:
@@ -22,8 +21,8 @@ def add_pretrain(commands: Any) -> None:
         "pretrain", help="a small RoBERTa or ALBERT from scratch, on any text: checkpoints, curves, model"
     )
     recipes = parser.add_subparsers(dest="recipe", required=True)
-    for name, settings in RECIPES.items():
-        recipe = recipes.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name, settings in SETTINGS.items():
+        recipe = recipes.add_parser(name, help=f"a small {name} from scratch")
         recipe.add_argument(
             "--text",
             required=True,
@@ -32,10 +31,13 @@ def add_pretrain(commands: Any) -> None:
         recipe.add_argument(
             "--out", type=Path, required=True, help="folder of the run; the same command goes on with it"
         )
+        recipe.add_argument(
+            "--data", type=Path, help="folder of the split, tokenizer and token ids (default: data in --out)"
+        )
         recipe.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
         for field in fields(settings):
             add_setting(recipe, field.name, field.default, field.metadata["help"])
-        recipe.set_defaults(run=pretrain)
+        recipe.set_defaults(run=run_pretrain)
 
 
 def add_setting(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:
@@ -43,19 +45,19 @@ def add_setting(parser: argparse.ArgumentParser, name: str, default: Any, text: 
     if isinstance(default, bool):
         parser.add_argument(flag, action="store_true", help=text)
     else:
-        parser.add_argument(flag, type=type(default), default=default, help=text)
+        parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: {default})")
 
 
-def pretrain(options: argparse.Namespace) -> int:
+def run_pretrain(options: argparse.Namespace) -> int:
     """Returns the exit status: 0 finished, 1 stopped by a signal, 2 not started."""
     missing = [package for package in NEEDS if importlib.util.find_spec(package) is None]
     if missing:
         print(f"pretrain needs {', '.join(missing)}: pip install bertops[train]", file=sys.stderr)
         return 2
-    kind, recipe = RECIPES[options.recipe], load(options.recipe)
+    kind = SETTINGS[options.recipe]
     try:
         settings = kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
-        outcome = recipe(options.text, options.out, settings, cpu=options.cpu)
+        outcome = run(settings, options)
     except (OSError, ValueError) as error:
         print(f"pretrain: {error}", file=sys.stderr)
         return 2
@@ -69,12 +71,12 @@ def pretrain(options: argparse.Namespace) -> int:
     return 0
 
 
-def load(name: str) -> Callable[..., "Outcome"]:
-    """The recipe, which needs packages that the command line does not."""
-    if name == "roberta":
-        from bertops.pretraining.roberta import pretrain_roberta
+def run(settings: Settings, options: argparse.Namespace) -> "Outcome":
+    # here and not above: the command line works without these packages
+    from bertops.pretraining.albert import Albert
+    from bertops.pretraining.recipe import Recipe, pretrain
+    from bertops.pretraining.roberta import Roberta
 
-        return pretrain_roberta
-    from bertops.pretraining.albert import pretrain_albert
-
-    return pretrain_albert
+    recipes: dict[str, type[Recipe]] = {"roberta": Roberta, "albert": Albert}
+    recipe = recipes[options.recipe](settings)
+    return pretrain(recipe, options.text, options.out, data=options.data, cpu=options.cpu)

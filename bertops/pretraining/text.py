@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from bertops.data.text import Kind
 from bertops.pretraining.settings import Settings
 
 PathLike = str | os.PathLike[str]
-TRAIN, HELD_OUT, TOKENIZER = "train", "held-out", "tokenizer.json"
+TRAIN, HELD_OUT, TOKENIZER, MADE_OF = "train", "held-out", "tokenizer.json", "made-of.json"
 
 
 class Text(NamedTuple):
@@ -35,6 +34,10 @@ class Text(NamedTuple):
     special: SpecialTokens
     train: TokenCorpus
     held_out: TokenCorpus
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.get_vocab_size()
 
 
 def fingerprint(text: PathLike) -> dict[str, Any]:
@@ -62,13 +65,21 @@ def prepare(text: PathLike, folder: Path, source: dict[str, Any], kind: Kind, se
 
     Args:
         text: as :func:`bertops.data.read_documents` takes it.
-        folder: written whole, or of an earlier call with the same arguments.
+        folder: written whole, or of an earlier call.
         source: what :func:`fingerprint` says of ``text``.
         kind: of the tokenizer.
         settings: size of the vocabulary, share of the documents to hold out (at least one), and the seed that
             decides which.
+
+    Raises:
+        ValueError: ``folder`` was made from another text or with other settings; says which.
     """
     documents = source["documents"]
+    made_of = {
+        "text": source["sha256"],
+        "tokenizer": kind,
+        **{name: getattr(settings, name) for name in ("vocab_size", "held_out", "seed")},
+    }
     if not folder.exists():
         count = min(documents - 1, max(1, round(settings.held_out * documents)))
         held_out = set(np.random.default_rng(settings.seed).permutation(documents)[:count].tolist())
@@ -80,33 +91,40 @@ def prepare(text: PathLike, folder: Path, source: dict[str, Any], kind: Kind, se
                             file.write("\n".join(document) + "\n\n")
             tokenizer = train_tokenizer(temporary / f"{TRAIN}.txt", settings.vocab_size, kind)
             tokenizer.save(str(temporary / TOKENIZER))
+            (temporary / MADE_OF).write_text(json.dumps(made_of, indent=1) + "\n")
             for part in (TRAIN, HELD_OUT):
                 encode_corpus(tokenizer, read_documents(temporary / f"{part}.txt"), cache=temporary / part)
+    found = json.loads((folder / MADE_OF).read_text(encoding="utf-8"))
+    if found != made_of:
+        differing = "; ".join(
+            f"{k} {found.get(k)!r} there, {v!r} here" for k, v in made_of.items() if found.get(k) != v
+        )
+        raise ValueError(f"{folder} was made of other data: {differing}")
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     return Text(
         tokenizer, special_tokens(tokenizer), load_corpus(folder / TRAIN), load_corpus(folder / HELD_OUT)
     )
 
 
-def unigram_entropy(train: TokenCorpus, held_out: TokenCorpus, vocab_size: int) -> float:
+def unigram_entropy(corpus: Text) -> float:
     """Mean of -ln p over the held-out tokens, in nats, p their frequency in the training text plus one.
 
     What a model reaches that knows how frequent tokens are and nothing of their neighbours.
     """
-    counts = np.bincount(train.tokens, minlength=vocab_size) + 1.0
-    return float(math.log(counts.sum()) - np.log(counts[held_out.tokens]).mean())
+    counts = np.bincount(corpus.train.tokens, minlength=corpus.vocab_size) + 1.0
+    return float(math.log(counts.sum()) - np.log(counts[corpus.held_out.tokens]).mean())
 
 
-def save_tokenizer(text: Text, folder: Path, single: Sequence[str], pair: Sequence[str]) -> None:
+def save_tokenizer(corpus: Text, folder: Path, single: str, pair: str) -> None:
     """For transformers, with the special tokens around one text and around two.
 
     Args:
-        single, pair: pieces of :class:`tokenizers.processors.TemplateProcessing`.
+        single, pair: as :class:`tokenizers.processors.TemplateProcessing` takes them.
     """
-    tokenizer, special = Tokenizer.from_str(text.tokenizer.to_str()), text.special
+    tokenizer, special = Tokenizer.from_str(corpus.tokenizer.to_str()), corpus.special
     names = {field: tokenizer.id_to_token(getattr(special, field)) for field in special._fields}
     ends = [(names[field], getattr(special, field)) for field in ("cls_token_id", "sep_token_id")]
-    tokenizer.post_processor = TemplateProcessing(single=list(single), pair=list(pair), special_tokens=ends)
+    tokenizer.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=ends)
     tokenizer.save(str(folder / TOKENIZER))
     tokens = {field.removesuffix("_id"): token for field, token in names.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
