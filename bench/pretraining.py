@@ -1,6 +1,6 @@
 """Dynamic beside static masking: one RoBERTa each on the same few documents, over many epochs.
 
-    python -m bench.pretraining --text TEXT --out FOLDER [--documents 60] [--steps 2000]
+    python -m bench.pretraining --text TEXT --out FOLDER [--documents 16] [--steps 1500]
 
 Both runs have the split, the tokenizer, the start and the order of the sequences in common, and in the first
 epoch also the masks. Stopped, the same command goes on. Writes ``pretraining.json`` and ``pretraining.png``
@@ -37,8 +37,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--text", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--documents", type=int, default=60, help="documents of the text that are used")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--documents", type=int, default=16, help="documents of the text that are used")
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="folders of finished runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -46,15 +46,16 @@ def main() -> int:
         length=64,
         hidden_size=128,
         layers=2,
-        heads=4,
+        heads=2,
         intermediate_size=512,
         dropout=0.0,
         vocab_size=4000,
         steps=options.steps,
         learning_rate=2e-3,
         warmup=0.1,
-        bf16=True,
-        held_out=0.1,
+        held_out=0.25,
+        batch_size=16,
+        evaluate_every=100,
     )
     options.out.mkdir(parents=True, exist_ok=True)
     text = options.out / "text.txt"

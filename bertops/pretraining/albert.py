@@ -50,7 +50,6 @@ class Albert(Recipe[AlbertSettings]):
         config = AlbertConfig(
             vocab_size=corpus.vocab_size,
             embedding_size=settings.embedding_size,
-            initializer_range=settings.initializer_range,
             hidden_size=settings.hidden_size,
             num_hidden_layers=settings.layers,
             num_attention_heads=settings.heads,

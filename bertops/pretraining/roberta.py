@@ -42,7 +42,6 @@ class Roberta(Recipe[RobertaSettings]):
             num_attention_heads=settings.heads,
             intermediate_size=settings.intermediate_size,
             layer_norm_eps=1e-5,
-            initializer_range=settings.initializer_range,
             max_position_embeddings=settings.length + pad + 1,  # positions start behind the padding's id
             type_vocab_size=1,
             pad_token_id=pad,

@@ -1,6 +1,5 @@
 """What a pretraining run can be told; the defaults fit two CPU cores and a few minutes."""
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,14 +47,6 @@ class Settings:
         for name in ("held_out", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
-
-    @property
-    def initializer_range(self) -> float:
-        """BERT's 0.02 for its width of 768, and as much more for narrower layers as keeps their sums alike.
-
-        With 0.02 a narrow model's attention starts so even that it stays there for thousands of steps.
-        """
-        return 0.02 * math.sqrt(768 / self.hidden_size)
 
     def plan(self) -> "Plan":
         """RoBERTa's optimizer and schedule: Adam with beta2 = 0.98, linear warm-up and decay (appendix B)."""

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bertops._files import write_whole
+from bertops._files import whole_folder, write_whole
 from bertops.training import curves
 from bertops.training.checkpoint import checkpoint_steps
 
@@ -118,12 +118,9 @@ class RunFolder:
 
     def save_model(self, save: Callable[[Path], None]) -> None:
         """``save`` fills a folder, which then becomes ``model``, whole."""
-        temporary, final = self.path / f".{MODEL}", self.path / MODEL
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
+        shutil.rmtree(self.path / MODEL, ignore_errors=True)
+        with whole_folder(self.path / MODEL) as temporary:
+            save(temporary)
 
     def write_card(self, title: str, text: str) -> None:
         """``README.md``: what the run is, its last metrics, its configuration and what it ran on."""
