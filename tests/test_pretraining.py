@@ -21,7 +21,7 @@ from bertops import _backend
 from bertops.cli import main
 from bertops.data import DynamicMasker, PretrainingStream, SentenceBlocks, SpecialTokens, TokenCorpus
 from bertops.models import AlbertForPreTraining, BertConfig, BertForMaskedLM
-from bertops.pretraining import AlbertSettings, RobertaSettings
+from bertops.pretraining import AlbertSettings, RobertaSettings, command
 from bertops.pretraining.albert import Albert
 from bertops.pretraining.batches import Batches, held_out_batches
 from bertops.pretraining.masked_lm import count_masked, masked_lm_sums
@@ -247,3 +247,9 @@ def test_errors_of_the_command(text, tmp_path, capsys, recipe):
     (out / "letter").unlink()
     (out / "config.json").write_text('{"recipe": "other"}')
     assert "recipe is 'other' there" in error(text, out)
+
+
+def test_the_command_names_missing_packages(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "accelerate" else name)
+    assert main(["pretrain", "roberta", "--text", str(text), "--out", str(tmp_path / "out")]) == 2
+    assert "pretrain needs accelerate: pip install bertops[train]" in capsys.readouterr().err

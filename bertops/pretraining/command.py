@@ -1,9 +1,9 @@
 """``python -m bertops pretrain``: a RoBERTa or an ALBERT from scratch, on any text."""
 
 import argparse
-import importlib.util
 import sys
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ def add_setting(parser: argparse.ArgumentParser, name: str, default: Any, text: 
 
 def run_pretrain(options: argparse.Namespace) -> int:
     """Returns the exit status: 0 finished, 1 stopped by a signal, 2 not started."""
-    missing = [package for package in NEEDS if importlib.util.find_spec(package) is None]
+    missing = [package for package in NEEDS if find_spec(package) is None]
     if missing:
         print(f"pretrain needs {', '.join(missing)}: pip install bertops[train]", file=sys.stderr)
         return 2
