@@ -30,14 +30,17 @@ BERTOPS_INLINE int64_t grad_offset(const Embedding& p, const EmbeddingGrads& g, 
 template <class T>
 inline void load_grad_out(const Embedding& p, const EmbeddingGrads& g, int64_t first, int64_t count,
                           T* blocks) {
-  for (int64_t h = 0; h < p.height; h += kHeightBlock, blocks += kTokenTile * kHeightBlock) {
-    const int64_t columns = min_of(kHeightBlock, p.height - h);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t offset = grad_offset(p, g, first + i) + h * g.stride;
-      load_as(g.dtype, g.grad_out, offset, g.stride, columns, kHeightBlock, T(1), blocks + i * kHeightBlock);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t offset = grad_offset(p, g, first + i);
+    T* to = blocks + i * kHeightBlock;
+    for (int64_t h = 0; h < p.height; h += kHeightBlock, to += kTokenTile * kHeightBlock) {
+      const int64_t columns = min_of(kHeightBlock, p.height - h);
+      load_as(g.dtype, g.grad_out, offset + h * g.stride, g.stride, columns, kHeightBlock, T(1), to);
     }
-    const int64_t rows = round_up(count, kTileRows<T>);
-    fill(blocks + count * kHeightBlock, (rows - count) * kHeightBlock, T(0));
+  }
+  const int64_t rows = round_up(count, kTileRows<T>) - count;
+  for (int64_t h = 0; h < p.height; h += kHeightBlock, blocks += kTokenTile * kHeightBlock) {
+    fill(blocks + count * kHeightBlock, rows * kHeightBlock, T(0));
   }
 }
 
@@ -52,13 +55,14 @@ inline void join_rows(const T* rows, int64_t count, bool first, T* sums) {
 }
 
 // dA (padded H, padded E) [+]= do^T y, y (tokens, E) in panels of kTokenTile rows.
-template <class T>
+template <class T, class Ahead>
 inline void add_projection_grad(const Embedding& p, int64_t count, const T* grad_blocks, const T* y,
-                                bool first, T* sums) {
+                                bool first, T* sums, const Ahead& ahead) {
   constexpr int64_t W = kPanel<T>, R = kTileRows<T>;
   const int64_t padded = padded_width(p);
   for (int64_t column = 0; column < padded; column += W, y += kTokenTile * W) {
     for (int64_t h = 0; h < p.height; h += R) {
+      ahead();
       const T* a = grad_blocks + h / kHeightBlock * kTokenTile * kHeightBlock + h % kHeightBlock;
       T* c = sums + h * padded + column;
       if (first) {
@@ -71,9 +75,9 @@ inline void add_projection_grad(const Embedding& p, int64_t count, const T* grad
 }
 
 // dy (tokens, padded E) = do A.
-template <class T>
+template <class T, class Ahead>
 inline void grad_of_rows(const Embedding& p, const EmbeddingGrads& g, int64_t count, const T* grad_blocks,
-                         T* dy) {
+                         T* dy, const Ahead& ahead) {
   constexpr int64_t W = kPanel<T>, R = kTileRows<T>;
   const int64_t padded = padded_width(p), height = padded_height(p);
   const T* projection = static_cast<const T*>(g.projection);
@@ -81,6 +85,7 @@ inline void grad_of_rows(const Embedding& p, const EmbeddingGrads& g, int64_t co
     for (int64_t column = 0; column < padded; column += W) {
       const T* b = projection + in_panels<T>(height, h, column);
       for (int64_t row = 0; row < count; row += R) {
+        ahead();
         const T* a = grad_blocks + row * kHeightBlock;
         T* c = dy + row * padded + column;
         if (h == 0) {
@@ -169,16 +174,26 @@ inline void load_tokens(const Embedding& p, const EmbeddingGrads& g, int64_t fir
   }
 }
 
-// What do of a tile gives to the sums for the projection and its bias, and dy.
+// What do of a tile gives to the sums for the projection and its bias, and dy. The next tile ends before `end`.
 template <class T>
 inline void project_back(const Embedding& p, const EmbeddingGrads& g, int64_t first, int64_t count,
-                         const BackwardTile<T>& tile, bool first_tile, T* sums) {
+                         int64_t end, const BackwardTile<T>& tile, bool first_tile, T* sums) {
   load_grad_out(p, g, first, count, tile.blocks);
-  if (g.with_projection) add_projection_grad(p, count, tile.blocks, tile.y, first_tile, sums);
+  const int64_t next = first + count, last = min_of(end, next + kTokenTile), bytes = bytes_of(g.dtype);
+  auto words = words_ahead(p, next, last);
+  const auto grad_of = [&](int64_t token) {
+    return static_cast<const char*>(g.grad_out) + grad_offset(p, g, token) * bytes;
+  };
+  RowsAhead grads{grad_of, next, g.stride == 1 ? last : next, p.height * bytes};
+  const auto ahead = [&] {
+    words.step();
+    grads.step();
+  };
+  if (g.with_projection) add_projection_grad(p, count, tile.blocks, tile.y, first_tile, sums, ahead);
   for (int64_t h = 0; g.with_bias && h < p.height; h += kHeightBlock) {
     join_rows(tile.blocks + h * kTokenTile, count, first_tile, sums + bias_offset(p) + h);
   }
-  if (g.with_rows()) grad_of_rows(p, g, count, tile.blocks, tile.dy);
+  if (g.with_rows()) grad_of_rows(p, g, count, tile.blocks, tile.dy, ahead);
 }
 
 // Tokens [first, last), whose sums go to part `part`.
@@ -197,7 +212,7 @@ void embedding_grads(const Embedding& p, const EmbeddingGrads& g, int64_t part, 
     const int64_t count = min_of(kTokenTile, last - token);
     if (p.height > 0) {
       if (g.with_rows() || g.with_projection) load_tokens(p, g, token, count, rows, tile);
-      project_back(p, g, token, count, tile, token == first, sums);
+      project_back(p, g, token, count, last, tile, token == first, sums);
     }
     if (!g.with_rows()) continue;
     fill(tile.norm_sums, 2 * padded, T(0));

@@ -36,13 +36,15 @@ inline void product_in_blocks(int64_t K, const T* a, int64_t a_k, const T* b, T*
 }
 
 // Output rows of `count` tokens from `first` on; `tokens` are panels (count / L, depth, L).
-template <class T>
-inline void project(const Embedding& p, int64_t first, int64_t count, const T* tokens, T* block) {
+template <class T, class Ahead>
+inline void project(const Embedding& p, int64_t first, int64_t count, const T* tokens, T* block,
+                    Ahead ahead) {
   constexpr int64_t L = kLanes<T>, R = kTileRows<T>, W = kPanel<T>;
   const int64_t depth = padded_depth(p), K = p.width + p.with_bias;
   const T* b = static_cast<const T*>(p.projection);
   for (int64_t column = 0; column < p.height; column += W, b += depth * W) {
     for (int64_t row = 0; row < count; row += R) {
+      ahead.step();
       const T* a = tokens + row / L * L * depth + row % L;
       const int64_t offset = (first + row) * p.height + column;
       if (p.out.dtype == kDTypeOf<T> && column + W <= p.height && row + R <= count) {
@@ -80,7 +82,8 @@ void embed_tokens(const Embedding& p, int64_t first, int64_t last, void* memory)
       embed(p, token + i, rows, to);
       to[p.width] = 1;
     });
-    project(p, token, count, tokens, block);
+    const int64_t next = token + count;
+    project(p, token, count, tokens, block, words_ahead(p, next, min_of(last, next + kTokenTile)));
   }
 }
 

@@ -48,14 +48,44 @@ inline void add_row(const T* x, const T* y, int64_t count, T* to) {
   for (; i < count; ++i) to[i] = x[i] + y[i];
 }
 
+constexpr int64_t kLine = 64;
+
+BERTOPS_INLINE const char* word_of(const Embedding& p, int64_t token) {
+  return static_cast<const char*>(p.word.data) +
+         p.word_row[token] * p.word.row_stride * bytes_of(p.word.dtype);
+}
+
 // Words are anywhere in their table: the start of a row is on its way before it is needed, the rest follows.
 inline void prefetch_word(const Embedding& p, int64_t token) {
-  constexpr int64_t kAhead = 6, kMostBytes = 1024, kLine = 64;
+  constexpr int64_t kAhead = 6, kMostBytes = 1024;
   if (token + kAhead >= p.tokens) return;
-  const int64_t bytes = bytes_of(p.word.dtype);
-  const char* row =
-      static_cast<const char*>(p.word.data) + p.word_row[token + kAhead] * p.word.row_stride * bytes;
-  for (int64_t i = 0; i < min_of(kMostBytes, p.width * bytes); i += kLine) __builtin_prefetch(row + i);
+  const char* row = word_of(p, token + kAhead);
+  const int64_t bytes = min_of(kMostBytes, p.width * bytes_of(p.word.dtype));
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(row + i);
+}
+
+// Rows of the next tile come into the cache while this one is multiplied, a few lines at every micro-kernel.
+template <class RowOf>
+struct RowsAhead {
+  RowOf row_of;  // start of the row of a token
+  int64_t token, last, bytes, at = 0;
+
+  BERTOPS_INLINE void step() {
+    constexpr int64_t kStep = 8 * kLine;
+    if (token >= last) return;
+    const char* row = row_of(token);
+    const int64_t end = min_of(bytes, at + kStep);
+    for (; at < end; at += kLine) __builtin_prefetch(row + at, 0, 2);
+    if (at >= bytes) ++token, at = 0;
+  }
+};
+template <class RowOf>
+RowsAhead(RowOf, int64_t, int64_t, int64_t) -> RowsAhead<RowOf>;
+
+// The words of tokens [first, last).
+inline auto words_ahead(const Embedding& p, int64_t first, int64_t last) {
+  return RowsAhead{[&p](int64_t token) { return word_of(p, token); }, first, last,
+                   p.width * bytes_of(p.word.dtype)};
 }
 
 // x (padded) = the rows of a token added up, 0 beyond E.
