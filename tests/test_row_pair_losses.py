@@ -89,7 +89,7 @@ def test_zero_vectors(op, width, kernel):
 @pytest.mark.parametrize("op", DIRECTIONS)
 def test_lengths_do_not_matter(op, scale, kernel):
     impl, device = kernel
-    inputs, options = Case(4, 30, 70).inputs(device)
+    inputs, options = Case(2, 20, 70).inputs(device)
     for scales in ((scale, 1.0), (1.0, scale), (scale, scale)):
         check(op, f"{scales}", [x * s for x, s in zip(inputs, scales, strict=True)], options, impl)
 
@@ -108,7 +108,7 @@ def test_parallel_and_opposite_vectors(op, kernel):
 @pytest.mark.parametrize("eps", [1e-12, *(pytest.param(x, marks=pytest.mark.long) for x in (1e-5, 0.1))])
 def test_feature_maps_with_any_eps_and_offset(eps, offset, kernel):
     impl, device = kernel
-    inputs, options = Case(4, 30, 70, options={"eps": eps}).inputs(device)
+    inputs, options = Case(3, 20, 70, options={"eps": eps}).inputs(device)
     check("feature_map_transfer", f"{eps}", [x + offset for x in inputs], options, impl)
 
 

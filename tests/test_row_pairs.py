@@ -171,7 +171,7 @@ def test_identical_models(op, kernel):
     impl, device = kernel
     for width in (64, 77, 3000):
         for dtype, dtype_t in ((torch.float32, None), (torch.float16, None), (torch.float32, torch.float16)):
-            case = Case(2, 9, width, dtype, dtype_t, noise=0.0, reduction="none", spread=5.0)
+            case = Case(1, 5, width, dtype, dtype_t, noise=0.0, reduction="none", spread=5.0)
             results = run(op, *case.inputs(device), impl)
             assert not any(x.any() for x in results.values())
 
@@ -181,7 +181,7 @@ def test_identical_models(op, kernel):
 def test_near_convergence(op, noise, kernel):
     """The kernel's digits, which plain PyTorch loses; inputs are the same numbers for the oracle."""
     impl, device = kernel
-    inputs, options = Case(4, 30, 300, noise=noise, reduction="none").inputs(device)
+    inputs, options = Case(2, 20, 300, noise=noise, reduction="none").inputs(device)
     actual, exact = run(op, inputs, options, impl), truth(op, inputs, options)
     eager = run(op, inputs, options, "reference")
     for name, x in exact.items():
@@ -296,22 +296,23 @@ def test_opcheck(op):
         torch.library.opcheck(backward, (torch.ones_like(rows), *arguments, stats))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("op", OPS)
-def test_compiles_whole_with_dynamic_shapes(op, reduction):
+def test_compiles_whole_with_dynamic_shapes(op):
+    """Two calls in one graph: some layers have a loss of the same kind."""
     torch._dynamo.reset()
 
-    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def step(student, teacher, mask):
-        options = {"mask": mask, "reduction": reduction}
-        return sum(x.sum() for x in call(op, [student, teacher], options, "auto"))
+        losses = [
+            call(op, [student, teacher], {"mask": mask, "reduction": reduction}, "auto")
+            for reduction in ("mean", "none")
+        ]
+        return sum(x.sum() for reduced in losses for x in reduced)
 
-    for length in (12, 50, 90):
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (12, 50):
         (student, teacher), options = Case(length=length, padding="right").inputs("cpu")
         student.requires_grad_()
-        loss = step(student, teacher, options["mask"])
-        options["reduction"] = reduction
-        expected = sum(x.sum() for x in call(op, [student, teacher], options, "auto"))
+        loss, expected = (f(student, teacher, options["mask"]) for f in (compiled, step))
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, expected)))
 

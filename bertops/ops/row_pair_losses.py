@@ -5,8 +5,6 @@ from torch import Tensor
 from bertops._library import ROW_PAIR_LOSSES
 from bertops.ops._row_pairs import register_triton, row_pair_loss
 
-SHORTEST = 1e-12  # a vector below counts as zero; the eps of torch.nn.functional.normalize
-
 
 def cosine_loss(
     hidden_s: Tensor,
@@ -50,7 +48,7 @@ def cosine_loss(
     Source: Sanh et al. 2019 (DistilBERT), section 3.
     """
     pair = {"hidden_s": hidden_s, "hidden_t": hidden_t}
-    return row_pair_loss("cosine_loss", pair, mask, SHORTEST, reduction, impl)[0]
+    return _direction_loss("cosine_loss", pair, mask, reduction, impl)
 
 
 def normalized_mse(
@@ -95,7 +93,15 @@ def normalized_mse(
     Source: Sun et al. 2019 (Patient Knowledge Distillation), section 3.2, equation 7.
     """
     pair = {"hidden_s": hidden_s, "hidden_t": hidden_t}
-    return row_pair_loss("normalized_mse", pair, mask, SHORTEST, reduction, impl)[0]
+    return _direction_loss("normalized_mse", pair, mask, reduction, impl)
+
+
+def _direction_loss(
+    name: str, pair: dict[str, Tensor], mask: Tensor | None, reduction: str, impl: str
+) -> Tensor:
+    # the eps of torch.nn.functional.normalize; torch.compile takes two uses of a global float for a symbol
+    shortest = 1e-12
+    return row_pair_loss(name, pair, mask, shortest, reduction, impl)[0]
 
 
 def feature_map_transfer(

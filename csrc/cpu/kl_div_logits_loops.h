@@ -7,6 +7,7 @@ constexpr T kLowest = sizeof(T) == 4 ? -126 : -1022;  // 2^x is a normal number 
 template <class T>
 constexpr T kImpossible = sizeof(T) == 4 ? -200 : -2000;  // and 0 here
 constexpr int kHighest = 60;                              // above the reference points: far from overflow
+constexpr int kSumSteps = 64;                             // additions to one vector: more cost digits
 
 // Logits of both models in units of log 2, from a reference point near the largest of the row.
 template <class T>
@@ -67,28 +68,32 @@ inline bool add_classes(const RowPairs& p, int64_t row, T top_s, T top_t, T unit
     const int64_t last = min_of(first + kClassBlock, p.width);
     const RowPart<T> s = row_part(p, p.s, row, first, last, none, scratch);
     const RowPart<T> t = row_part(p, p.t, row, first, last, none, scratch + kClassBlock);
-    Vec<T> student{}, teacher{}, drift{}, bend{}, highest{};
-    for (int64_t i = 0; i < s.padded; i += kLanes<T>) {
-      fetch_ahead(s, t, i);
-      const Logits<T> z = logits_of<T>(load(s.data + i), load(t.data + i), top_s, top_t, unit);
-      highest = max<T>(highest, max<T>(z.a, z.b));
-      const Vec<T> v = z.a - z.b;
-      const auto student_larger = v > T(0);
-      const Vec<T> larger = exp2(student_larger ? z.a : z.b), u = student_larger ? -v : v;
-      const Exp2<T> ratio = exp2_and_less_one(u);
-      const Vec<T> smaller = larger * ratio.value, exp_t = student_larger ? smaller : larger;
-      student += student_larger ? larger : smaller;
-      teacher += exp_t;
-      drift += exp_t * v;
-      bend += larger * (student_larger ? u * ln2 * ratio.less_one - ratio.less_line : ratio.less_line);
+    Vec<T> highest{};
+    for (int64_t start = 0; start < s.padded; start += kSumSteps * kLanes<T>) {
+      Vec<T> student{}, teacher{}, drift{}, bend{};
+      const int64_t end = min_of(start + kSumSteps * kLanes<T>, s.padded);
+      for (int64_t i = start; i < end; i += kLanes<T>) {
+        fetch_ahead(s, t, i);
+        const Logits<T> z = logits_of<T>(load(s.data + i), load(t.data + i), top_s, top_t, unit);
+        highest = max<T>(highest, max<T>(z.a, z.b));
+        const Vec<T> v = z.a - z.b;
+        const auto student_larger = v > T(0);
+        const Vec<T> larger = exp2(student_larger ? z.a : z.b), u = student_larger ? -v : v;
+        const Exp2<T> ratio = exp2_and_less_one(u);
+        const Vec<T> smaller = larger * ratio.value, exp_t = student_larger ? smaller : larger;
+        student += student_larger ? larger : smaller;
+        teacher += exp_t;
+        drift += exp_t * v;
+        bend += larger * (student_larger ? u * ln2 * ratio.less_one - ratio.less_line : ratio.less_line);
+      }
+      total.student += sum_of<T>(student);
+      total.teacher += sum_of<T>(teacher);
+      total.drift += sum_of<T>(drift);
+      total.bend += sum_of<T>(bend);
     }
     for (int lane = 0; lane < kLanes<T>; ++lane) {
       if (highest[lane] > kHighest) return false;
     }
-    total.student += sum_of<T>(student);
-    total.teacher += sum_of<T>(teacher);
-    total.drift += sum_of<T>(drift);
-    total.bend += sum_of<T>(bend);
   }
   return true;
 }
