@@ -8,6 +8,7 @@ from bertops.ops.attention import attention
 from bertops.ops.attention_kl import attention_kl
 from bertops.ops.attention_score_mse import attention_score_mse
 from bertops.ops.attention_with_scores import attention_with_scores
+from bertops.ops.factorized_embedding import factorized_embedding
 from bertops.ops.relation_kl import relation_kl
 
 
@@ -57,6 +58,74 @@ class Attention(nn.Module):
             tap.record(q, k, v, lse, mask, cu_seqlens, window, None)
         out = self.proj(out.transpose(1, 2).flatten(2))
         return out if scores is None else (out, scores)
+
+
+class FactorizedEmbedding(nn.Module):
+    """:func:`bertops.factorized_embedding` with its tables: (B, N) ids in, (B, N, hidden_size) out.
+
+    Args:
+        num_words: rows of the word table.
+        embedding_size: width E of the tables and of the LayerNorm.
+        hidden_size: width of the projection's output; None for no projection, which is BERT's block.
+        num_positions, num_token_types: rows of these tables, 0 for none.
+        padding_idx, position_padding_idx: rows that get no gradient.
+        eps: of the LayerNorm.
+        dropout_p: dropout before the projection while training.
+
+    The tables are ``word``, ``position`` and ``token_type``; then come ``norm`` and ``projection``.
+    """
+
+    def __init__(
+        self,
+        num_words: int,
+        embedding_size: int,
+        hidden_size: int | None = None,
+        *,
+        num_positions: int = 0,
+        num_token_types: int = 0,
+        padding_idx: int | None = None,
+        position_padding_idx: int | None = None,
+        eps: float = 1e-12,
+        dropout_p: float = 0.0,
+    ) -> None:
+        super().__init__()
+
+        def table(rows: int, pad: int | None = None) -> nn.Embedding | None:
+            return nn.Embedding(rows, embedding_size, padding_idx=pad) if rows else None
+
+        self.word = nn.Embedding(num_words, embedding_size, padding_idx=padding_idx)
+        self.position = table(num_positions, position_padding_idx)
+        self.token_type = table(num_token_types)
+        self.norm = nn.LayerNorm(embedding_size, eps=eps)
+        self.projection = None if hidden_size is None else nn.Linear(embedding_size, hidden_size)
+        self.dropout_p = dropout_p
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        position, token_type, projection = self.position, self.token_type, self.projection
+        return factorized_embedding(
+            input_ids,
+            self.word.weight,
+            None if projection is None else projection.weight,
+            position=None if position is None else position.weight,
+            token_type=None if token_type is None else token_type.weight,
+            norm_weight=self.norm.weight,
+            norm_bias=self.norm.bias,
+            projection_bias=None if projection is None else projection.bias,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            cu_seqlens=cu_seqlens,
+            padding_idx=self.word.padding_idx,
+            position_padding_idx=None if position is None else position.padding_idx,
+            eps=self.norm.eps,
+            dropout_p=self.dropout_p if self.training else 0.0,
+        )
 
 
 class AttentionKL(nn.Module):

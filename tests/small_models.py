@@ -6,17 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bertops.models import BertForMaskedLM, BertForSequenceClassification, BertModel
+from bertops import models
+from bertops.models.config import EncoderConfig, config_from_hf
 
 transformers = pytest.importorskip("transformers")
 
 RELATIVE_NORM = 1e-5
-FAMILIES = ("bert", "roberta", "distilbert")
-MODELS = {
-    "": BertModel,
-    "ForSequenceClassification": BertForSequenceClassification,
-    "ForMaskedLM": BertForMaskedLM,
-}
+FAMILIES = ("bert", "roberta", "distilbert", "albert")
+HEADS = ("", "ForSequenceClassification", "ForMaskedLM")
 TOKENS = 40  # of the vocabulary; ids below 4 are left to special tokens
 PADDINGS = ("none", "right", "left", "holes")
 
@@ -25,15 +22,17 @@ def hf_config(family: str, **changes):
     sizes = {"vocab_size": TOKENS, "max_position_embeddings": 32, "num_labels": 3, **changes}
     if family == "distilbert":
         return transformers.DistilBertConfig(dim=24, hidden_dim=40, n_layers=3, n_heads=3, **sizes)
-    cls = transformers.RobertaConfig if family == "roberta" else transformers.BertConfig
     layers = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
     types = {"type_vocab_size": 1 if family == "roberta" else 2}
+    if family == "albert":
+        return transformers.AlbertConfig(**{"embedding_size": 16, **layers, **types, **sizes})
+    cls = transformers.RobertaConfig if family == "roberta" else transformers.BertConfig
     return cls(**{**layers, **types, **sizes})
 
 
 def hf_model(family: str, head: str = "", **changes):
     """A transformers model with every parameter random, far enough from 0 to tell them apart."""
-    name = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}[family]
+    name = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "albert": "Albert"}[family]
     config = hf_config(family, **changes)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{name}{head or 'Model'}")(config).eval()
@@ -43,11 +42,24 @@ def hf_model(family: str, head: str = "", **changes):
     return model
 
 
+def our_class(family: str, head: str = ""):
+    return getattr(models, f"{'Albert' if family == 'albert' else 'Bert'}{head or 'Model'}")
+
+
+def our_config(family: str, **changes) -> EncoderConfig:
+    return config_from_hf(hf_config(family, **changes).to_dict())
+
+
+def our_model(family: str, head: str = "", **changes):
+    """Ours with random parameters of its own."""
+    return our_class(family, head)(our_config(family, **changes)).eval()
+
+
 def both(family: str, folder: Path, head: str = "", **changes):
     """The transformers model and ours, loaded from what it saved."""
     theirs = hf_model(family, head, **changes)
     theirs.save_pretrained(folder)
-    return theirs, MODELS[head].from_pretrained(folder)
+    return theirs, our_class(family, head).from_pretrained(folder)
 
 
 def batch(family: str, padding: str, lengths=(9, 4, 1), columns: int = 9) -> tuple[Tensor, Tensor]:
@@ -74,4 +86,4 @@ def assert_same(name: str, actual: Tensor, expected: Tensor) -> None:
 
 
 def token_types(family: str, mask: Tensor) -> dict[str, Tensor]:
-    return {"token_type_ids": torch.randint(0, 2, mask.shape)} if family == "bert" else {}
+    return {"token_type_ids": torch.randint(0, 2, mask.shape)} if family in ("bert", "albert") else {}

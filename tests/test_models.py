@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and DistilBERT against transformers: random small models, then real weights."""
+"""BERT, RoBERTa, DistilBERT and ALBERT against transformers: random small models, then real weights."""
 
 import subprocess
 import sys
@@ -13,13 +13,16 @@ from bertops.models import BertConfig, BertForSequenceClassification, BertModel
 from bertops.models.rows import count_positions, first_tokens
 from small_models import (
     FAMILIES,
-    MODELS,
+    HEADS,
     PADDINGS,
     TOKENS,
     assert_same,
     batch,
     both,
     hf_config,
+    our_class,
+    our_config,
+    our_model,
     token_types,
     transformers,
 )
@@ -96,7 +99,7 @@ def test_scores_are_the_map_before_softmax(family, padding, tmp_path):
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("head", MODELS)
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unpadded_gives_the_same_numbers(family, head, padding, tmp_path):
     _, ours = both(family, tmp_path, head)
@@ -133,15 +136,12 @@ def test_packed_rows_are_separate_sequences(family, tmp_path):
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_empty_batches(family, shape, unpad):
-    config = BertConfig.from_hf(hf_config(family).to_dict())
     input_ids, mask = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.bool)
-    for cls in MODELS.values():
-        output = cls(config).eval()(input_ids, mask, unpad=unpad)
+    for head in HEADS:
+        output = our_model(family, head)(input_ids, mask, unpad=unpad)
         assert output.last_hidden_state.shape == (*shape, 24)
-    assert BertForSequenceClassification(config).eval()(input_ids, mask, unpad=unpad).logits.shape == (
-        shape[0],
-        3,
-    )
+        if head == "ForSequenceClassification":
+            assert output.logits.shape == (shape[0], 3)
 
 
 @pytest.mark.parametrize("unpad", [False, True])
@@ -168,12 +168,12 @@ def test_gradients_equal_transformers(family, unpad, tmp_path):
     assert_same(
         "position", ours.encoder.embeddings.position.weight.grad, encoder.position_embeddings.weight.grad
     )
-    layers = (
-        getattr(theirs, family).transformer.layer
-        if family == "distilbert"
-        else theirs.base_model.encoder.layer
-    )
-    attention = layers[0].attention if family == "distilbert" else layers[0].attention.self
+    if family == "distilbert":
+        attention = theirs.base_model.transformer.layer[0].attention
+    elif family == "albert":
+        attention = theirs.base_model.encoder.albert_layer_groups[0].albert_layers[0].attention
+    else:
+        attention = theirs.base_model.encoder.layer[0].attention.self
     linears = [getattr(attention, x) for x in ("q_lin", "k_lin", "v_lin") if family == "distilbert"] or [
         attention.query,
         attention.key,
@@ -216,19 +216,20 @@ def test_dropout_rates_come_from_the_config():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_where_dropout_stands(family):
-    config = replace(
-        BertConfig.from_hf(hf_config(family).to_dict()), hidden_dropout_p=0.2, attention_dropout_p=0.3
-    )
-    model = BertForSequenceClassification(replace(config, classifier_dropout_p=0.4)).train()
+    rates = {"hidden_dropout_p": 0.2, "attention_dropout_p": 0.3, "classifier_dropout_p": 0.4}
+    config = replace(our_config(family), attention_output_dropout_p=0.1, **rates)
+    model = our_class(family, "ForSequenceClassification")(config).train()
     calls = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout):
             module.register_forward_hook(lambda module, *_, name=name: calls.append((name, module.p)))
     model(torch.full((1, 3), 7))
-    layer = [("attention_dropout", 0.0 if family == "distilbert" else 0.1), ("output_dropout", 0.2)]
-    layers = [(f"encoder.layers.{i}.{name}", p) for i in range(3) for name, p in layer]
+    layer = [("attention_dropout", 0.1), ("output_dropout", 0.2)]
+    numbers = (0, 0, 0) if family == "albert" else (0, 1, 2)
+    layers = [(f"encoder.layers.{i}.{name}", p) for i in numbers for name, p in layer]
     head = [("dropout", 0.4)] * (2 if family == "roberta" else 1)
-    assert calls == [("encoder.embeddings.dropout", 0.2), *layers, *head]
+    assert calls == [*layers, *head]
+    assert model.encoder.embeddings.dropout_p == 0.2
     assert model.encoder.layers[0].attention.dropout_p == 0.3
 
 
@@ -261,11 +262,10 @@ def test_positions_given_by_the_caller(tmp_path):
             assert_same("hidden", output.last_hidden_state[mask], expected[mask])
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_compiles_into_one_graph(family):
+@pytest.mark.parametrize(("family", "layers"), [("bert", 1), ("roberta", 1), ("albert", 2)])
+def test_compiles_into_one_graph(family, layers):
     torch._dynamo.reset()
-    config = replace(BertConfig.from_hf(hf_config(family).to_dict()), num_hidden_layers=1)
-    model = BertForSequenceClassification(config).eval()
+    model = our_model(family, "ForSequenceClassification", num_hidden_layers=layers)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     input_ids, mask = batch(family, "right")
     cu_seqlens = torch.tensor([0, 9, 18, 27], dtype=torch.int32)
@@ -280,26 +280,35 @@ def test_compiles_into_one_graph(family):
 # ---- bad input
 
 
-@pytest.mark.parametrize(("family", "longest"), [("bert", 32), ("roberta", 30), ("distilbert", 32)])
+@pytest.mark.parametrize(
+    ("family", "longest"), [("bert", 32), ("roberta", 30), ("distilbert", 32), ("albert", 32)]
+)
 def test_position_table_overflow(family, longest):
-    model = BertModel(BertConfig.from_hf(hf_config(family).to_dict())).eval()
+    model = our_model(family)
     model(torch.full((1, longest), 5))
     cu_seqlens = torch.tensor([0, longest, 2 * longest], dtype=torch.int32)
     model(torch.full((1, 2 * longest), 5), cu_seqlens=cu_seqlens)
-    for ids, options in (
-        (torch.full((1, longest + 1), 5), {}),
-        (torch.full((1, longest + 1), 5), {"unpad": True}),
-        (torch.full((1, longest + 1), 5), {"cu_seqlens": torch.tensor([0, longest + 1], dtype=torch.int32)}),
+    ids = torch.full((1, longest + 1), 5)
+    counted = rf"position_ids must be from 0 to 31, the rows of position, got 32 at \[0, {longest}\]"
+    columns = rf"position must have a row for each of the {longest + 1} "
+    for message, options in (
+        (columns + "columns of input_ids", {}),
+        (counted, {"unpad": True}),
+        (
+            columns + "tokens of the longest",
+            {"cu_seqlens": torch.tensor([0, longest + 1], dtype=torch.int32)},
+        ),
     ):
-        with pytest.raises(ValueError, match=r"position_ids must be from 0 to 31 \(max_position_embeddings"):
+        with pytest.raises(ValueError, match=counted if family == "roberta" else message):
             model(ids, **options)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: values are not looked at there")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_position_table_overflow_off_the_cpu(family):
-    model = BertModel(BertConfig.from_hf(hf_config(family).to_dict())).eval().cuda()
-    with pytest.raises(ValueError, match="position_ids must be from 0 to 31"):
+    model = our_model(family).cuda()
+    message = "position_ids must be from 0 to 31" if family == "roberta" else "position must have a row"
+    with pytest.raises(ValueError, match=message):
         model(torch.full((1, 33), 5, device="cuda"))
 
 
@@ -321,7 +330,7 @@ def test_roberta_padding_beyond_the_table_is_fine():
         ({"input_ids": torch.zeros(2, 5)}, r"input_ids must be int64 or int32"),
         (
             {"input_ids": torch.full((2, 5), TOKENS)},
-            r"input_ids must be from 0 to 39 \(vocab_size is 40\), got 40",
+            r"input_ids must be from 0 to 39, the rows of word, got 40 at \[0, 0\]",
         ),
         ({"input_ids": torch.full((2, 5), -1)}, r"input_ids must be from 0 to 39"),
         ({"mask": torch.ones(2, 4, dtype=torch.bool)}, r"mask must have shape \(B, N\) = \(2, 5\)"),

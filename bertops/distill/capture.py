@@ -238,8 +238,8 @@ def _detach(module: nn.Module, recorder: _Recorder) -> None:
 
 
 def find_encoder(model: nn.Module) -> nn.Module:
-    """The one encoder in ``model``: a :class:`bertops.models.BertModel` or a transformers base model."""
-    from bertops.models.bert import BertModel
+    """The one encoder in ``model``: one of :mod:`bertops.models` or a transformers base model."""
+    from bertops.models.encoder import Encoder
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -247,7 +247,7 @@ def find_encoder(model: nn.Module) -> nn.Module:
     pretrained = () if transformers is None else transformers.PreTrainedModel
     encoders: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, BertModel):
+        if isinstance(module, Encoder):
             encoders.setdefault(module, name)
         elif isinstance(module, pretrained):
             base = module.base_model
@@ -260,7 +260,7 @@ def find_encoder(model: nn.Module) -> nn.Module:
         found = ", ".join(f"{type(encoder).__name__} at {name!r}" for encoder, name in encoders.items())
         raise ValueError(f"model holds {len(encoders)} encoders ({found}): capture one of them")
     (encoder,) = encoders
-    if isinstance(encoder, BertModel):
+    if isinstance(encoder, Encoder):
         return encoder
     config: Any = encoder.config
     implementation = config._attn_implementation
@@ -274,9 +274,9 @@ def find_encoder(model: nn.Module) -> nn.Module:
 
 def attention_order(encoder: nn.Module) -> list[nn.Module]:
     """The attention modules as they run in one forward; a shared one comes more than once."""
-    from bertops.models.bert import BertModel
+    from bertops.models.encoder import Encoder
 
-    if isinstance(encoder, BertModel):
+    if isinstance(encoder, Encoder):
         layers: Any = encoder.layers
         return [layer.attention for layer in layers]
     config: Any = encoder.config

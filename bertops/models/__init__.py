@@ -4,19 +4,28 @@ model = BertModel.from_pretrained("path/to/folder")
 output = model(input_ids, mask)                # padded (B, N)
 output = model(input_ids, mask, unpad=True)    # the same numbers, at the cost of the real tokens
 output = model(packed_ids, cu_seqlens=cu_seqlens)  # rows packed by bertops.data.pack
+model.save_pretrained("folder")                # for transformers, and for us
 """
 
-from bertops.models.bert import (
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertModel,
-    EncoderOutput,
-    HeadOutput,
+from bertops.models.albert import (
+    AlbertForMaskedLM,
+    AlbertForPreTraining,
+    AlbertForSequenceClassification,
+    AlbertModel,
+    PreTrainingOutput,
 )
-from bertops.models.config import BertConfig
+from bertops.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel
+from bertops.models.config import AlbertConfig, BertConfig
+from bertops.models.encoder import EncoderOutput
 from bertops.models.fastbert import ExitClassifier, FastBert, FastBertOutput
+from bertops.models.heads import HeadOutput
 
 __all__ = [
+    "AlbertConfig",
+    "AlbertForMaskedLM",
+    "AlbertForPreTraining",
+    "AlbertForSequenceClassification",
+    "AlbertModel",
     "BertConfig",
     "BertForMaskedLM",
     "BertForSequenceClassification",
@@ -26,4 +35,5 @@ __all__ = [
     "FastBert",
     "FastBertOutput",
     "HeadOutput",
+    "PreTrainingOutput",
 ]

@@ -1,33 +1,39 @@
-"""Reads Hugging Face checkpoint folders: config.json, safetensors, and the names inside them."""
+"""Reads and writes Hugging Face checkpoint folders: config.json, safetensors, and the names inside them."""
 
 import json
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bertops.models.config import BertConfig
+from bertops._files import write_whole
+from bertops.models.config import AlbertConfig, EncoderConfig, config_from_hf
 
-# Ours -> the checkpoint's, without the model's prefix; several are concatenated along the rows. * is a layer.
+if TYPE_CHECKING:
+    from bertops.models.encoder import Pretrained
+
+# Ours -> the checkpoint's, without the model's prefix; several are concatenated along the rows. * is a
+# layer, of which LAYERS gives the checkpoint's path.
 BERT_NAMES = {
     "embeddings.word": ("embeddings.word_embeddings",),
     "embeddings.position": ("embeddings.position_embeddings",),
     "embeddings.token_type": ("embeddings.token_type_embeddings",),
     "embeddings.norm": ("embeddings.LayerNorm",),
     "layers.*.attention.qkv": (
-        "encoder.layer.*.attention.self.query",
-        "encoder.layer.*.attention.self.key",
-        "encoder.layer.*.attention.self.value",
+        "*.attention.self.query",
+        "*.attention.self.key",
+        "*.attention.self.value",
     ),
-    "layers.*.attention.proj": ("encoder.layer.*.attention.output.dense",),
-    "layers.*.attention_norm": ("encoder.layer.*.attention.output.LayerNorm",),
-    "layers.*.up": ("encoder.layer.*.intermediate.dense",),
-    "layers.*.down": ("encoder.layer.*.output.dense",),
-    "layers.*.output_norm": ("encoder.layer.*.output.LayerNorm",),
+    "layers.*.attention.proj": ("*.attention.output.dense",),
+    "layers.*.attention_norm": ("*.attention.output.LayerNorm",),
+    "layers.*.up": ("*.intermediate.dense",),
+    "layers.*.down": ("*.output.dense",),
+    "layers.*.output_norm": ("*.output.LayerNorm",),
     "pooler": ("pooler.dense",),
     "dense": ("pooler.dense",),
     "classifier": ("classifier",),
@@ -49,15 +55,15 @@ DISTILBERT_NAMES = {
     "embeddings.position": ("embeddings.position_embeddings",),
     "embeddings.norm": ("embeddings.LayerNorm",),
     "layers.*.attention.qkv": (
-        "transformer.layer.*.attention.q_lin",
-        "transformer.layer.*.attention.k_lin",
-        "transformer.layer.*.attention.v_lin",
+        "*.attention.q_lin",
+        "*.attention.k_lin",
+        "*.attention.v_lin",
     ),
-    "layers.*.attention.proj": ("transformer.layer.*.attention.out_lin",),
-    "layers.*.attention_norm": ("transformer.layer.*.sa_layer_norm",),
-    "layers.*.up": ("transformer.layer.*.ffn.lin1",),
-    "layers.*.down": ("transformer.layer.*.ffn.lin2",),
-    "layers.*.output_norm": ("transformer.layer.*.output_layer_norm",),
+    "layers.*.attention.proj": ("*.attention.out_lin",),
+    "layers.*.attention_norm": ("*.sa_layer_norm",),
+    "layers.*.up": ("*.ffn.lin1",),
+    "layers.*.down": ("*.ffn.lin2",),
+    "layers.*.output_norm": ("*.output_layer_norm",),
     "dense": ("pre_classifier",),
     "classifier": ("classifier",),
     "head.dense": ("vocab_transform",),
@@ -65,14 +71,39 @@ DISTILBERT_NAMES = {
     "head": ("vocab_projector",),
 }
 
-NAMES = {"bert": BERT_NAMES, "roberta": ROBERTA_NAMES, "distilbert": DISTILBERT_NAMES}
+ALBERT_NAMES = BERT_NAMES | {
+    "embeddings.projection": ("encoder.embedding_hidden_mapping_in",),
+    "layers.*.attention.qkv": ("*.attention.query", "*.attention.key", "*.attention.value"),
+    "layers.*.attention.proj": ("*.attention.dense",),
+    "layers.*.attention_norm": ("*.attention.LayerNorm",),
+    "layers.*.up": ("*.ffn",),
+    "layers.*.down": ("*.ffn_output",),
+    "layers.*.output_norm": ("*.full_layer_layer_norm",),
+    "pooler": ("pooler",),
+    "dense": ("pooler",),
+    "sentence_order": ("sop_classifier.classifier",),
+    "head.dense": ("predictions.dense",),
+    "head.norm": ("predictions.LayerNorm",),
+    "head": ("predictions",),
+}
+
+NAMES = {
+    "bert": BERT_NAMES,
+    "roberta": ROBERTA_NAMES,
+    "distilbert": DISTILBERT_NAMES,
+    "albert": ALBERT_NAMES,
+}
+LAYERS = {"bert": "encoder.layer.{}", "roberta": "encoder.layer.{}", "distilbert": "transformer.layer.{}"}
+CLASSES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "albert": "Albert"}
 
 # Index buffers of old checkpoints, and heads that the model at hand does not have.
 IGNORED = re.compile(
     r"embeddings\.(position|token_type)_ids$"
-    r"|(pooler|cls|lm_head|classifier|pre_classifier|vocab_transform|vocab_layer_norm|vocab_projector|qa_outputs)\."
+    r"|(pooler|cls|lm_head|classifier|pre_classifier|vocab_transform|vocab_layer_norm|vocab_projector|qa_outputs"
+    r"|predictions|sop_classifier)\."
 )
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -84,16 +115,23 @@ class Checkpoint:
         folder_or_hub_id: a folder with ``config.json`` and ``model.safetensors`` (or its sharded index), or
             the id of a model on the Hugging Face hub, whose files ``huggingface_hub`` then fetches or finds
             in its cache.
+        config_class: of the model that is to take it.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing from it.
         ImportError: a hub id without ``huggingface_hub``, or no ``safetensors``; says what to install.
-        ValueError: ``config.json`` describes a model that this package does not have.
+        ValueError: ``config.json`` describes a model that this package does not have, or another than
+            ``config_class``.
     """
 
-    def __init__(self, folder_or_hub_id: str | Path) -> None:
+    def __init__(self, folder_or_hub_id: str | Path, config_class: type[EncoderConfig]) -> None:
         self.folder = resolve_folder(folder_or_hub_id)
-        self.config = BertConfig.from_hf(_read_json(self.folder / "config.json"))
+        self.config = config_from_hf(_read_json(self.folder / CONFIG))
+        if not isinstance(self.config, config_class):
+            raise ValueError(
+                f"{self.folder} must hold a model of one of the types {', '.join(config_class.model_types)}, "
+                f"got {self.config.family}"
+            )
         self._sources: dict[str, tuple[Any, str]] = {}  # name without prefix -> (open file, stored name)
         self._files = ExitStack()
         for path in weight_files(self.folder):
@@ -112,6 +150,15 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._sources
+
+    @property
+    def has_pooler(self) -> bool:
+        names = NAMES[self.config.family].get("pooler", ())
+        return any(f"{name}.weight" in self for name in names)
+
+    def replace(self, **changes: Any) -> Any:
+        """The config with other values in some fields."""
+        return replace(self.config, **changes)
 
     def names(self) -> set[str]:
         return set(self._sources)
@@ -135,7 +182,7 @@ def resolve_folder(folder_or_hub_id: str | Path) -> Path:
         raise ImportError(
             f"no folder {folder_or_hub_id}; to fetch that id from the hub: pip install bertops[hf]"
         ) from error
-    return Path(snapshot_download(folder_or_hub_id, allow_patterns=["config.json", WEIGHTS, INDEX, "*-of-*"]))
+    return Path(snapshot_download(folder_or_hub_id, allow_patterns=[CONFIG, WEIGHTS, INDEX, "*-of-*"]))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -152,17 +199,25 @@ def plain_name(stored: str, family: str) -> str:
     return re.sub(r"LayerNorm\.(gamma|beta)$", _modern_norm, name)
 
 
-def source_names(name: str, family: str) -> list[str]:
+def source_names(name: str, config: EncoderConfig) -> list[str]:
     """The checkpoint's names for the parameter ``name`` of one of our models."""
     module, _, leaf = name.removeprefix("encoder.").rpartition(".")
     layer = re.match(r"layers\.(\d+)\.", module)
     pattern = re.sub(r"^layers\.\d+\.", "layers.*.", module)
-    index = layer[1] if layer else ""
-    return [f"{source.replace('*', index)}.{leaf}" for source in NAMES[family][pattern]]
+    path = layer_path(int(layer[1]), config) if layer else ""
+    return [f"{source.replace('*', path)}.{leaf}" for source in NAMES[config.family][pattern]]
+
+
+def layer_path(layer: int, config: EncoderConfig) -> str:
+    """Where the checkpoint has the layer, counted from 0 as it runs."""
+    if not isinstance(config, AlbertConfig):
+        return LAYERS[config.family].format(layer)
+    group, place = config.hf_places()[layer]
+    return f"encoder.albert_layer_groups.{group}.albert_layers.{place}"
 
 
 def load_weights(
-    model: nn.Module,
+    model: "Pretrained",
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     is_new: Callable[[str], bool] = lambda name: False,
@@ -175,15 +230,26 @@ def load_weights(
         ValueError: tensors are missing, left over or of another shape; names them all.
     """
     family = checkpoint.config.family
-    state, problems, used = {}, [], set()
-    for name, parameter in model.state_dict().items():
+    state: dict[str, Tensor] = {}
+    problems, used = [], set()
+    first: dict[int, tuple[str, list[str]]] = {}  # parameter -> its name and the sources read for it
+    for name, parameter in model.state_dict(keep_vars=True).items():
         if is_new(name):
             continue
-        sources = source_names(name, family)
+        sources = source_names(name, model.config)
         used.update(sources)
         missing = [source for source in sources if source not in checkpoint]
         if missing:
             problems += [f"missing {source}" for source in missing]
+            continue
+        shared_name, shared_sources = first.setdefault(id(parameter), (name, sources))
+        if shared_name != name:
+            if sources != shared_sources and not torch.equal(
+                checkpoint.read(sources, dtype), state[shared_name]
+            ):
+                problems.append(
+                    f"{' + '.join(sources)} differs from {' + '.join(shared_sources)}, but is shared"
+                )
             continue
         state[name] = checkpoint.read(sources, dtype)
         came, expected = tuple(state[name].shape), tuple(parameter.shape)
@@ -196,6 +262,41 @@ def load_weights(
             f"{checkpoint.folder} does not fit {type(model).__name__} ({family}): " + "; ".join(problems)
         )
     model.load_state_dict(state, strict=False, assign=True)
+
+
+def save_model(model: "Pretrained", folder: Path) -> None:
+    """Writes the folder that :meth:`Pretrained.save_pretrained` promises."""
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ImportError("writing a checkpoint needs safetensors: pip install bertops[hf]") from error
+    tensors = hf_tensors(model)
+    config = {
+        "architectures": [CLASSES[model.config.family] + model.hf_name],
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        **model.config.to_hf(),
+    }
+    weights = save(tensors, {"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / WEIGHTS, weights)
+    write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def hf_tensors(model: "Pretrained") -> dict[str, Tensor]:
+    """Every tensor under the name that transformers gives it, in memory of its own on the CPU."""
+    config = model.config
+    prefix = "" if model.hf_name == "Model" else f"{config.family}."
+    tensors = {}
+    for name, parameter in model.state_dict().items():
+        sources = source_names(name, config)
+        for source, tensor in zip(sources, parameter.chunk(len(sources)), strict=True):
+            inside = name.startswith("encoder.") or source.startswith("pooler.")
+            tensors[(prefix if inside else "") + source] = tensor.cpu().clone()
+    if isinstance(config, AlbertConfig) and not config.projects:  # transformers always projects
+        name = f"{prefix}encoder.embedding_hidden_mapping_in"
+        eye = torch.eye(config.hidden_size, dtype=next(model.parameters()).dtype)
+        tensors |= {f"{name}.weight": eye, f"{name}.bias": torch.zeros_like(eye[0])}
+    return tensors
 
 
 def _modern_norm(match: re.Match) -> str:

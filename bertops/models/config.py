@@ -1,12 +1,14 @@
-"""The shape of a BERT, RoBERTa or DistilBERT encoder."""
+"""The shapes of the encoders: BERT, RoBERTa and DistilBERT; ALBERT."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 from torch.nn import functional as F
+
+from bertops.models import hf_config
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -15,44 +17,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+SHARES = ("none", "ffn", "attention", "all")
 
-# model_type of a Hugging Face config.json -> the family whose embeddings, heads and names it uses
-FAMILIES = {
-    "bert": "bert",
-    "roberta": "roberta",
-    "xlm-roberta": "roberta",
-    "camembert": "roberta",
-    "distilbert": "distilbert",
-}
+Config = TypeVar("Config", bound="EncoderConfig")
 
 
 @dataclass(frozen=True)
-class BertConfig:
-    """Sizes, rates and conventions of an encoder; the defaults are BERT-base's.
+class EncoderConfig:
+    """What the configs of all encoders have: :class:`BertConfig` describes the fields."""
 
-    Args:
-        family: ``bert``, ``roberta`` or ``distilbert``: which heads and which checkpoint names.
-        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: as in BERT.
-        hidden_act: ``gelu`` (erf), ``gelu_new`` or ``gelu_pytorch_tanh`` (both tanh), ``relu``, ``silu``.
-        layer_norm_eps: added to the variance.
-        max_position_embeddings: rows of the position table, RoBERTa's unused first ones included.
-        type_vocab_size: rows of the token type table, 0 for none (DistilBERT).
-        pad_token_id: id whose embedding gets no gradient; RoBERTa does not count it as a position.
-        position_offset: position of the first token. 0: positions are columns. Above 0 (RoBERTa:
-            ``pad_token_id + 1``): positions count the tokens other than ``pad_token_id``, which stand at
-            ``position_offset - 1``.
-        hidden_dropout_p: dropout of the embeddings and of the feed-forward output.
-        attention_dropout_p: dropout of the attention probabilities.
-        attention_output_dropout_p: dropout of the attention block's output (DistilBERT: 0).
-        classifier_dropout_p: dropout inside the classification head.
-        num_labels: outputs of the classification head.
-        initializer_range: standard deviation of new weights.
-        tie_word_embeddings: the masked language model's decoder is the word embedding.
-        pooler: :class:`bertops.models.BertModel` has a pooler (DistilBERT never has).
-
-    Raises:
-        ValueError: ``family`` or ``hidden_act`` is unknown, or ``position_offset`` lacks ``pad_token_id``.
-    """
+    model_types: ClassVar[tuple[str, ...]] = ()
+    # What a model in evaluation mode does not depend on, and a Hugging Face file need not express.
+    not_in_hf: ClassVar[tuple[str, ...]] = ("attention_output_dropout_p",)
 
     family: str = "bert"
     vocab_size: int = 30522
@@ -76,7 +52,7 @@ class BertConfig:
     pooler: bool = True
 
     def __post_init__(self) -> None:
-        families = sorted(set(FAMILIES.values()))
+        families = sorted({hf_config.FAMILIES[name] for name in self.model_types})
         if self.family not in families:
             raise ValueError(f"family must be one of {', '.join(families)}, got {self.family!r}")
         if self.position_offset and self.pad_token_id is None:
@@ -85,80 +61,164 @@ class BertConfig:
             raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}")
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "BertConfig":
+    def from_hf(cls: type[Config], config: Mapping[str, Any]) -> Config:
         """The same encoder as a Hugging Face ``config.json`` describes.
 
         Args:
-            config: the file's content; ``model_type`` is bert, roberta, xlm-roberta, camembert or distilbert.
+            config: the file's content; its ``model_type`` is one of ``cls.model_types``.
 
         Raises:
             ValueError: another model type, a size that is missing, or a feature that this encoder lacks
                 (decoders, relative positions); names the key.
         """
-        model_type = config.get("model_type")
-        if model_type not in FAMILIES:
-            raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
-        if config.get("is_decoder") or config.get("add_cross_attention"):
-            raise ValueError("is_decoder and add_cross_attention must be false: this is an encoder")
-        positions = config.get("position_embedding_type") or "absolute"
-        if positions != "absolute":
-            raise ValueError(f"position_embedding_type must be 'absolute', got {positions!r}")
-        family = FAMILIES[model_type]
-        values = _distilbert(config) if family == "distilbert" else _bert(config)
-        if family == "roberta":
-            if values["pad_token_id"] is None:
-                raise ValueError("pad_token_id must be set for RoBERTa: positions are counted from it")
-            values["position_offset"] = values["pad_token_id"] + 1
-        labels = config.get("id2label")
-        return cls(
-            family=family,
-            vocab_size=_size(config, "vocab_size"),
-            max_position_embeddings=_size(config, "max_position_embeddings"),
-            num_labels=len(labels) if labels is not None else config.get("num_labels", 2),
-            initializer_range=config.get("initializer_range", 0.02),
-            tie_word_embeddings=config.get("tie_word_embeddings", True),
-            **values,
-        )
+        return cls(**hf_config.read_fields(config, cls.model_types))
+
+    def to_hf(self) -> dict[str, Any]:
+        """A ``config.json`` of which transformers makes the same encoder.
+
+        What transformers has no key for stands under the key ``bertops``, which :meth:`from_hf` reads.
+
+        Raises:
+            ValueError: transformers has no such encoder; names the field.
+        """
+        config = hf_config.write_fields(self._hf_fields())
+        read, values = asdict(self.from_hf(config)), asdict(self)
+        differ = {name: value for name, value in values.items() if value != read[name]}
+        for name in ("pooler", "always_project"):  # the tensors tell
+            differ.pop(name, None)
+        for name, value in differ.items():
+            if name not in self.not_in_hf:
+                raise ValueError(
+                    f"{name} must be {read[name]!r} in transformers' models of the family {self.family}, "
+                    f"got {value!r}"
+                )
+        return {**config, hf_config.OURS: differ} if differ else config
+
+    def _hf_fields(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-def _bert(config: Mapping[str, Any]) -> dict[str, Any]:
-    dropout = config.get("hidden_dropout_prob", 0.1)
-    classifier_dropout = config.get("classifier_dropout")
-    return {
-        "hidden_size": _size(config, "hidden_size"),
-        "num_hidden_layers": _size(config, "num_hidden_layers"),
-        "num_attention_heads": _size(config, "num_attention_heads"),
-        "intermediate_size": _size(config, "intermediate_size"),
-        "hidden_act": config.get("hidden_act", "gelu"),
-        "layer_norm_eps": config.get("layer_norm_eps", 1e-12),
-        "type_vocab_size": config.get("type_vocab_size", 2),
-        "pad_token_id": config.get("pad_token_id", 0 if config["model_type"] == "bert" else 1),
-        "hidden_dropout_p": dropout,
-        "attention_dropout_p": config.get("attention_probs_dropout_prob", 0.1),
-        "attention_output_dropout_p": dropout,
-        "classifier_dropout_p": dropout if classifier_dropout is None else classifier_dropout,
-    }
+@dataclass(frozen=True)
+class BertConfig(EncoderConfig):
+    """Sizes, rates and conventions of an encoder; the defaults are BERT-base's.
+
+    Args:
+        family: ``bert``, ``roberta`` or ``distilbert``: which heads and which checkpoint names.
+        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: as in BERT.
+        hidden_act: ``gelu`` (erf), ``gelu_new`` or ``gelu_pytorch_tanh`` (both tanh), ``relu``, ``silu``.
+        layer_norm_eps: added to the variance.
+        max_position_embeddings: rows of the position table, RoBERTa's unused first ones included.
+        type_vocab_size: rows of the token type table, 0 for none (DistilBERT).
+        pad_token_id: id whose embedding gets no gradient; RoBERTa does not count it as a position.
+        position_offset: position of the first token. 0: positions are columns. Above 0 (RoBERTa:
+            ``pad_token_id + 1``): positions count the tokens other than ``pad_token_id``, which stand at
+            ``position_offset - 1``.
+        hidden_dropout_p: dropout of the embeddings and of the feed-forward output.
+        attention_dropout_p: dropout of the attention probabilities.
+        attention_output_dropout_p: dropout of the attention block's output (DistilBERT: 0).
+        classifier_dropout_p: dropout inside the classification head.
+        num_labels: outputs of the classification head.
+        initializer_range: standard deviation of new weights.
+        tie_word_embeddings: the masked language model's decoder is the word embedding.
+        pooler: the bare encoder has a pooler (DistilBERT never has).
+
+    Raises:
+        ValueError: ``family`` or ``hidden_act`` is unknown, or ``position_offset`` lacks ``pad_token_id``.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = tuple(x for x in hf_config.FAMILIES if x != "albert")
 
 
-def _distilbert(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "hidden_size": _size(config, "dim"),
-        "num_hidden_layers": _size(config, "n_layers"),
-        "num_attention_heads": _size(config, "n_heads"),
-        "intermediate_size": _size(config, "hidden_dim"),
-        "hidden_act": config.get("activation", "gelu"),
-        "layer_norm_eps": 1e-12,
-        "type_vocab_size": 0,
-        "pad_token_id": config.get("pad_token_id", 0),
-        "hidden_dropout_p": config.get("dropout", 0.1),
-        "attention_dropout_p": config.get("attention_dropout", 0.1),
-        "attention_output_dropout_p": 0.0,
-        "classifier_dropout_p": config.get("seq_classif_dropout", 0.2),
-        "pooler": False,
-    }
+@dataclass(frozen=True)
+class AlbertConfig(EncoderConfig):
+    """Sizes, rates and sharing of an ALBERT; the defaults are those of ALBERT-base v2.
+
+    Args:
+        vocab_size, ...: as in :class:`BertConfig`; ``num_attention_heads`` of a released xlarge is 16.
+        embedding_size: width E of the tables. A projection takes it to ``hidden_size`` where they differ.
+        share: what the layers of a group have in common: ``all``; ``attention``, with its LayerNorm, each
+            layer having a feed-forward of its own; ``ffn``, the reverse; or ``none``.
+        num_hidden_groups: layer l of ``num_hidden_layers`` L belongs to group ⌊l / L · num_hidden_groups⌋.
+        inner_group_num: layers of a group, all of which run whenever the group's turn comes: the encoder has
+            ``num_hidden_layers * inner_group_num`` of them, and layers that share stand at the same place.
+        always_project: project also where the widths are equal, as transformers' ALBERT does.
+
+    Raises:
+        ValueError: as :class:`BertConfig`; ``share`` is unknown, or the groups do not fit the layers.
+
+    Source: Lan et al. 2020 (ALBERT), section 3.1; its code has groups, its table 4 the other sharings.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("albert",)
+    not_in_hf: ClassVar[tuple[str, ...]] = (
+        *EncoderConfig.not_in_hf,
+        "share",
+        "num_hidden_layers",
+        "num_hidden_groups",
+        "inner_group_num",
+    )
+
+    family: str = field(default="albert", init=False)
+    vocab_size: int = 30000
+    hidden_act: str = "gelu_new"
+    hidden_dropout_p: float = 0.0
+    attention_dropout_p: float = 0.0
+    attention_output_dropout_p: float = 0.0
+    embedding_size: int = 128
+    share: str = "all"
+    num_hidden_groups: int = 1
+    inner_group_num: int = 1
+    always_project: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share not in SHARES:
+            raise ValueError(f"share must be one of {', '.join(SHARES)}, got {self.share!r}")
+        if not 1 <= self.num_hidden_groups <= self.num_hidden_layers:
+            raise ValueError(
+                f"num_hidden_groups must be from 1 to num_hidden_layers = {self.num_hidden_layers}, "
+                f"got {self.num_hidden_groups}"
+            )
+        if self.inner_group_num < 1:
+            raise ValueError(f"inner_group_num must be at least 1, got {self.inner_group_num}")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "AlbertConfig":
+        values = hf_config.read_fields(config, cls.model_types)
+        del values["family"]
+        return cls(**values)
+
+    @property
+    def projects(self) -> bool:
+        return self.always_project or self.embedding_size != self.hidden_size
+
+    def places(self) -> list[tuple[int, int]]:
+        """(group, place in the group) of every layer, in the order in which they run."""
+        per_group = self.num_hidden_layers / self.num_hidden_groups
+        inner = range(self.inner_group_num)
+        return [(int(i / per_group), j) for i in range(self.num_hidden_layers) for j in inner]
+
+    def hf_places(self) -> list[tuple[int, int]]:
+        """Where transformers has the layers: it shares whole ones only, else each is a group of its own."""
+        places = self.places()
+        return places if self.share == "all" else [(i, 0) for i in range(len(places))]
+
+    def _hf_fields(self) -> dict[str, Any]:
+        if self.share == "all":
+            return asdict(self)
+        count = len(self.places())
+        return asdict(replace(self, num_hidden_layers=count, num_hidden_groups=count, inner_group_num=1))
 
 
-def _size(config: Mapping[str, Any], key: str) -> int:
-    if key not in config:
-        raise ValueError(f"config has no {key!r}; its keys are {', '.join(sorted(config))}")
-    return int(config[key])
+def config_from_hf(config: Mapping[str, Any]) -> EncoderConfig:
+    """The :class:`AlbertConfig` or :class:`BertConfig` of a Hugging Face ``config.json``.
+
+    Raises:
+        ValueError: a model that this package does not have; names the key.
+    """
+    if config.get("model_type") in AlbertConfig.model_types:
+        return AlbertConfig.from_hf(config)
+    if config.get("model_type") in BertConfig.model_types:
+        return BertConfig.from_hf(config)
+    known = ", ".join(hf_config.FAMILIES)
+    raise ValueError(f"model_type must be one of {known}, got {config.get('model_type')!r}")

@@ -15,7 +15,7 @@ from bertops.early_exit.runtime import (
     run_packed,
     run_with_capacities,
 )
-from bertops.models.bert import BertModel, initialize
+from bertops.models.encoder import Encoder, initialize
 from bertops.models.rows import first_tokens, pack_ids
 from bertops.reference import sequence_positions
 
@@ -115,7 +115,7 @@ class FastBert(nn.Module):
     """
 
     def __init__(
-        self, encoder: BertModel, num_labels: int, *, head_size: int = 128, num_heads: int = 2
+        self, encoder: Encoder, num_labels: int, *, head_size: int = 128, num_heads: int = 2
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -163,7 +163,7 @@ class FastBert(nn.Module):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Checks the arguments, as :meth:`BertModel.embed` does; what the first layer takes."""
+        """Checks the arguments, as :meth:`Encoder.embed` does; what the first layer takes."""
         return self.encoder.embed(input_ids, mask, token_type_ids, position_ids, cu_seqlens)
 
     def run_layer(
@@ -196,7 +196,7 @@ class FastBert(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
     ) -> FastBertOutput:
-        """All layers and all classifiers; takes what :meth:`BertModel.forward` takes."""
+        """All layers and all classifiers; takes what :meth:`Encoder.forward` takes."""
         rows: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens}
         states = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
@@ -224,7 +224,7 @@ class FastBert(nn.Module):
         """Every sample goes as far as it must.
 
         Args:
-            input_ids, mask, token_type_ids, position_ids, cu_seqlens: as in :meth:`BertModel.forward`. Of a
+            input_ids, mask, token_type_ids, position_ids, cu_seqlens: as in :meth:`Encoder.forward`. Of a
                 padded batch the real tokens are packed first; what exited costs nothing from there on.
             speed: in [0, 1]: a sample exits where its normalized entropy is at most this. 0 gives the answers
                 of the full model, at its cost; 1 lets everybody go after the first layer.

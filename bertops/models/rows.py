@@ -8,46 +8,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertops.models.config import BertConfig
+from bertops.models.config import EncoderConfig
 from bertops.ops import _checks
 from bertops.reference import sequence_positions
 
-ID_DTYPES = (torch.int64, torch.int32)
 
+def positions_of(input_ids: Tensor, config: EncoderConfig, cu_seqlens: Tensor | None) -> Tensor | None:
+    """The default position ids, None for columns, which the embedding counts itself.
 
-def check_ids(input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> None:
-    """``input_ids`` is (B, N), the others the same or (1, N), all of an integer dtype."""
-    if not isinstance(input_ids, Tensor) or input_ids.dtype not in ID_DTYPES or input_ids.dim() != 2:
-        raise ValueError(
-            f"input_ids must be int64 or int32 of shape (B, N), got {_checks.describe(input_ids)}"
-        )
-    batch, length = input_ids.shape
-    for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
-        if ids is None:
-            continue
-        fits = isinstance(ids, Tensor) and ids.dtype in ID_DTYPES and ids.dim() == 2
-        if not fits or ids.shape not in ((batch, length), (1, length)):
-            raise ValueError(
-                f"{name} must be int64 or int32 of shape {(batch, length)} or {(1, length)}, "
-                f"got {_checks.describe(ids)}"
-            )
-
-
-def check_range(name: str, ids: Tensor, num_rows: int, size: str, *, read: bool = False) -> None:
-    """``ids`` are rows of a table of ``num_rows``, which is the config's ``size``.
-
-    Looks at the values on a CPU; elsewhere that would synchronise, and only happens with ``read``.
+    Off the CPU an id without a row stops the kernel; where the shapes say that there may be one, the
+    positions are read back, so that it is an error instead.
     """
-    if ids.numel() == 0 or torch.compiler.is_compiling() or not (read or ids.device.type == "cpu"):
-        return
-    low, high = (int(x) for x in ids.aminmax())
-    if low < 0 or high >= num_rows:
-        raise ValueError(
-            f"{name} must be from 0 to {num_rows - 1} ({size} is {num_rows}), got {low} to {high}"
-        )
+    if config.position_offset == 0:
+        return None
+    position_ids = count_positions(input_ids, config, cu_seqlens)
+    rows = config.max_position_embeddings
+    suspect = cu_seqlens is None and input_ids.shape[1] + config.position_offset > rows
+    if suspect and input_ids.device.type != "cpu" and not torch.compiler.is_compiling():
+        last = int(position_ids.max())
+        if last >= rows:
+            raise ValueError(f"position_ids must be from 0 to {rows - 1}, the rows of position, got {last}")
+    return position_ids
 
 
-def count_positions(input_ids: Tensor, config: BertConfig, cu_seqlens: Tensor | None) -> Tensor:
+def count_positions(input_ids: Tensor, config: EncoderConfig, cu_seqlens: Tensor | None) -> Tensor:
     """(1, N) or (B, N): position ids as the config counts them, from the start of every packed sequence."""
     length = input_ids.shape[1]
     start = None
@@ -95,14 +79,14 @@ class PackedIds(NamedTuple):
 
 
 def pack_ids(
-    config: BertConfig,
+    config: EncoderConfig,
     input_ids: Tensor,
     mask: Tensor | None,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
 ) -> PackedIds:
     """Checks and packs a padded batch; reads the number of tokens back from the device."""
-    check_ids(input_ids, token_type_ids, position_ids)
+    _checks.check_ids(input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
     batch, length = input_ids.shape
     mask = _checks.check_rows(mask, None, input_ids[:, None, :, None])
     if mask is None:
@@ -121,7 +105,7 @@ def pack_ids(
 
 def run_unpadded(
     model: Callable[..., Any],
-    config: BertConfig,
+    config: EncoderConfig,
     input_ids: Tensor,
     mask: Tensor | None,
     token_type_ids: Tensor | None,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ID_DTYPES = (torch.int64, torch.int32)
 
 
 def describe(x: object) -> str:
@@ -107,6 +108,22 @@ def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, dim: int = 2) -> None:
             )
         if any(b < a for a, b in pairwise(offsets)):
             raise ValueError(f"cu_seqlens must not decrease, got {describe(cu_seqlens)} with {offsets[:16]}")
+
+
+def check_ids(input_ids: Tensor, **others: Tensor | None) -> None:
+    """``input_ids`` is (B, N), the others the same or (1, N), all of an integer dtype."""
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in ID_DTYPES or input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be int64 or int32 of shape (B, N), got {describe(input_ids)}")
+    batch, length = input_ids.shape
+    for name, ids in others.items():
+        if ids is None:
+            continue
+        fits = isinstance(ids, Tensor) and ids.dtype in ID_DTYPES and ids.dim() == 2
+        if not fits or ids.shape not in ((batch, length), (1, length)):
+            raise ValueError(
+                f"{name} must be int64 or int32 of shape {(batch, length)} or {(1, length)}, "
+                f"got {describe(ids)}"
+            )
 
 
 def check_dropout(dropout_p: float) -> None:

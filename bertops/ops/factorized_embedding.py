@@ -10,7 +10,6 @@ from bertops.ops import _checks
 from bertops.ops._autograd import once_differentiable
 from bertops.ops.attention import AUTOCAST_DEVICES
 
-ID_DTYPES = (torch.int64, torch.int32)
 PARAMETERS = (
     "word",
     "position",
@@ -211,22 +210,12 @@ def _check_ids(ids: tuple[Any, ...], parameters: tuple[Any, ...]) -> None:
     """Shapes and dtypes of the ids, and that every one of them has its row."""
     input_ids, position_ids, token_type_ids, cu_seqlens = ids
     word, position, token_type, *_ = parameters
-    if not isinstance(input_ids, Tensor) or input_ids.dtype not in ID_DTYPES or input_ids.dim() != 2:
-        raise ValueError(
-            f"input_ids must be int64 or int32 of shape (B, N), got {_checks.describe(input_ids)}"
-        )
-    batch, length = input_ids.shape
-    given = (("position_ids", position_ids, position), ("token_type_ids", token_type_ids, token_type))
-    for name, x, table in given:
-        if x is None:
-            continue
-        fits = isinstance(x, Tensor) and x.dtype in ID_DTYPES and x.dim() == 2
-        if not fits or x.shape not in ((batch, length), (1, length)):
-            raise ValueError(
-                f"{name} must be int64 or int32 of shape {(batch, length)} or {(1, length)}, "
-                f"got {_checks.describe(x)}"
-            )
-        if table is None:
+    _checks.check_ids(input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
+    for name, x, table in (
+        ("position_ids", position_ids, position),
+        ("token_type_ids", token_type_ids, token_type),
+    ):
+        if x is not None and table is None:
             raise ValueError(f"{name} must be None without {name.removesuffix('_ids')}")
     for name, x in (
         ("input_ids", input_ids),
@@ -241,11 +230,8 @@ def _check_ids(ids: tuple[Any, ...], parameters: tuple[Any, ...]) -> None:
     if position is not None:
         if position_ids is not None:
             _check_rows("position_ids", position_ids, "position", position)
-        elif cu_seqlens is None and length > position.shape[0]:
-            raise ValueError(
-                f"position must have a row for each of the {length} columns of input_ids, "
-                f"got {_checks.describe(position)}"
-            )
+        else:
+            _check_default_positions(input_ids, cu_seqlens, position)
     if token_type is not None and token_type_ids is not None:
         _check_rows("token_type_ids", token_type_ids, "token_type", token_type)
 
@@ -263,6 +249,19 @@ def _check_rows(name: str, ids: Tensor, table_name: str, table: Tensor) -> None:
         f"{name} must be from 0 to {rows - 1}, the rows of {table_name}, "
         f"got {int(ids[batch, column])} at [{batch}, {column}]"
     )
+
+
+def _check_default_positions(input_ids: Tensor, cu_seqlens: Tensor | None, position: Tensor) -> None:
+    """Every column has its row; of packed sequences that is in the values, which are read on a CPU alone."""
+    length, of = input_ids.shape[1], "columns of input_ids"
+    if cu_seqlens is not None:
+        if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling() or cu_seqlens.shape[0] < 2:
+            return
+        length, of = int(cu_seqlens.diff().max()), "tokens of the longest sequence in cu_seqlens"
+    if length > position.shape[0]:
+        raise ValueError(
+            f"position must have a row for each of the {length} {of}, got {_checks.describe(position)}"
+        )
 
 
 def _check_padding(name: str, index: int | None, table_name: str, table: Tensor | None) -> int | None:
