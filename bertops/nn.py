@@ -43,21 +43,49 @@ class Attention(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the output, with ``return_scores`` also the score map (B, H, N, N)."""
         q, k, v = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        options: dict[str, Any] = {
-            "cu_seqlens": cu_seqlens,
-            "window": window,
-            "dropout_p": self.dropout_p if self.training else 0.0,
-            "return_lse": True,
-        }
-        scores = None
-        if return_scores:
-            out, scores, lse = attention_with_scores(q, k, v, mask, **options)
-        else:
-            out, lse = attention(q, k, v, mask, **options)
-        for tap in getattr(self, "bertops_taps", ()):  # of bertops.capture
-            tap.record(q, k, v, lse, mask, cu_seqlens, window, None)
-        out = self.proj(out.transpose(1, 2).flatten(2))
+        dropout_p = self.dropout_p if self.training else 0.0
+        rows: dict[str, Any] = {"cu_seqlens": cu_seqlens, "window": window, "return_scores": return_scores}
+        out, scores = attend(self, q, k, v, mask, **rows, dropout_p=dropout_p)
+        out = self.proj(out)
         return out if scores is None else (out, scores)
+
+
+def attend(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    return_scores: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What an attention module does between its projections, recorded by :func:`bertops.capture`.
+
+    Args:
+        module: the attention module itself, which capture may be listening to.
+        q, k, v: (B, H, N, D).
+        mask, cu_seqlens, window, dropout_p: as in :func:`bertops.attention`.
+
+    Returns:
+        The output (B, N, H * D), and with ``return_scores`` the score map (B, H, N, N), else None.
+    """
+    options: dict[str, Any] = {
+        "cu_seqlens": cu_seqlens,
+        "window": window,
+        "dropout_p": dropout_p,
+        "return_lse": True,
+    }
+    scores = None
+    if return_scores:
+        out, scores, lse = attention_with_scores(q, k, v, mask, **options)
+    else:
+        out, lse = attention(q, k, v, mask, **options)
+    for tap in getattr(module, "bertops_taps", ()):  # of bertops.capture
+        tap.record(q, k, v, lse, mask, cu_seqlens, window, None)
+    return out.transpose(1, 2).flatten(2), scores
 
 
 class FactorizedEmbedding(nn.Module):

@@ -15,10 +15,17 @@ from bertops.models.albert import (
     PreTrainingOutput,
 )
 from bertops.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel
-from bertops.models.config import AlbertConfig, BertConfig
+from bertops.models.bilstm import BiLSTMClassifier, BiLSTMConfig, BiLSTMOutput
+from bertops.models.config import AlbertConfig, BertConfig, MobileBertConfig
 from bertops.models.encoder import EncoderOutput
 from bertops.models.fastbert import ExitClassifier, FastBert, FastBertOutput
 from bertops.models.heads import HeadOutput
+from bertops.models.mobilebert import (
+    MobileBertForMaskedLM,
+    MobileBertForNextSentencePrediction,
+    MobileBertForSequenceClassification,
+    MobileBertModel,
+)
 
 __all__ = [
     "AlbertConfig",
@@ -30,10 +37,18 @@ __all__ = [
     "BertForMaskedLM",
     "BertForSequenceClassification",
     "BertModel",
+    "BiLSTMClassifier",
+    "BiLSTMConfig",
+    "BiLSTMOutput",
     "EncoderOutput",
     "ExitClassifier",
     "FastBert",
     "FastBertOutput",
     "HeadOutput",
+    "MobileBertConfig",
+    "MobileBertForMaskedLM",
+    "MobileBertForNextSentencePrediction",
+    "MobileBertForSequenceClassification",
+    "MobileBertModel",
     "PreTrainingOutput",
 ]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bertops.models.encoder import Pretrained
 
 # Ours -> the checkpoint's, without the model's prefix; several are concatenated along the rows. * is a
-# layer, of which LAYERS gives the checkpoint's path.
+# layer, of which LAYERS gives the checkpoint's path, and behind it a number inside the layer.
 BERT_NAMES = {
     "embeddings.word": ("embeddings.word_embeddings",),
     "embeddings.position": ("embeddings.position_embeddings",),
@@ -87,14 +87,46 @@ ALBERT_NAMES = BERT_NAMES | {
     "head": ("predictions",),
 }
 
+MOBILEBERT_NAMES = BERT_NAMES | {
+    "embeddings.projection": ("embeddings.embedding_transformation",),
+    "layers.*.bottleneck.dense": ("*.bottleneck.input.dense",),
+    "layers.*.bottleneck.norm": ("*.bottleneck.input.LayerNorm",),
+    "layers.*.qk_bottleneck.dense": ("*.bottleneck.attention.dense",),
+    "layers.*.qk_bottleneck.norm": ("*.bottleneck.attention.LayerNorm",),
+    "layers.*.attention.qk": ("*.attention.self.query", "*.attention.self.key"),
+    "layers.*.attention.value": ("*.attention.self.value",),
+    "layers.*.ffn.*.up": ("*.ffn.*.intermediate.dense",),
+    "layers.*.ffn.*.down": ("*.ffn.*.output.dense",),
+    "layers.*.ffn.*.norm": ("*.ffn.*.output.LayerNorm",),
+    "layers.*.last_ffn.up": ("*.intermediate.dense",),
+    "layers.*.last_ffn.down": ("*.output.dense",),
+    "layers.*.last_ffn.norm": ("*.output.LayerNorm",),
+    "layers.*.output": ("*.output.bottleneck.dense",),
+    "layers.*.output_norm": ("*.output.bottleneck.LayerNorm",),
+    "next_sentence": ("cls.seq_relationship",),
+    "extra": ("cls.predictions.dense",),
+}
+
 NAMES = {
     "bert": BERT_NAMES,
     "roberta": ROBERTA_NAMES,
     "distilbert": DISTILBERT_NAMES,
     "albert": ALBERT_NAMES,
+    "mobilebert": MOBILEBERT_NAMES,
 }
-LAYERS = {"bert": "encoder.layer.{}", "roberta": "encoder.layer.{}", "distilbert": "transformer.layer.{}"}
-CLASSES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "albert": "Albert"}
+LAYERS = {
+    "bert": "encoder.layer.{}",
+    "roberta": "encoder.layer.{}",
+    "distilbert": "transformer.layer.{}",
+    "mobilebert": "encoder.layer.{}",
+}
+CLASSES = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "distilbert": "DistilBert",
+    "albert": "Albert",
+    "mobilebert": "MobileBert",
+}
 
 # Index buffers of old checkpoints, and heads that the model at hand does not have.
 IGNORED = re.compile(
@@ -126,7 +158,7 @@ class Checkpoint:
 
     def __init__(self, folder_or_hub_id: str | Path, config_class: type[EncoderConfig]) -> None:
         self.folder = resolve_folder(folder_or_hub_id)
-        self.config = config_from_hf(_read_json(self.folder / CONFIG))
+        self.config = config_from_hf(read_json(self.folder / CONFIG))
         if not isinstance(self.config, config_class):
             raise ValueError(
                 f"{self.folder} must hold a model of one of the types {', '.join(config_class.model_types)}, "
@@ -190,7 +222,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
         raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
-    return [folder / name for name in sorted(set(_read_json(folder / INDEX)["weight_map"].values()))]
+    return [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
 
 
 def plain_name(stored: str, family: str) -> str:
@@ -202,10 +234,11 @@ def plain_name(stored: str, family: str) -> str:
 def source_names(name: str, config: EncoderConfig) -> list[str]:
     """The checkpoint's names for the parameter ``name`` of one of our models."""
     module, _, leaf = name.removeprefix("encoder.").rpartition(".")
-    layer = re.match(r"layers\.(\d+)\.", module)
-    pattern = re.sub(r"^layers\.\d+\.", "layers.*.", module)
-    path = layer_path(int(layer[1]), config) if layer else ""
-    return [f"{source.replace('*', path)}.{leaf}" for source in NAMES[config.family][pattern]]
+    numbers = re.findall(r"\.(\d+)(?=\.)", module)
+    pattern = re.sub(r"\.\d+(?=\.)", ".*", module)
+    paths = [layer_path(int(numbers[0]), config), *numbers[1:]] if numbers else []
+    sources = NAMES[config.family][pattern]
+    return [f"{source.replace('*', '{}').format(*paths)}.{leaf}" for source in sources]
 
 
 def layer_path(layer: int, config: EncoderConfig) -> str:
@@ -266,16 +299,19 @@ def load_weights(
 
 def save_model(model: "Pretrained", folder: Path) -> None:
     """Writes the folder that :meth:`Pretrained.save_pretrained` promises."""
+    config = model.config.to_hf() | {
+        "architectures": [CLASSES[model.config.family] + model.hf_name],
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+    write_folder(folder, hf_tensors(model), config)
+
+
+def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Writes ``tensors``, each in memory of its own on the CPU, then ``config``."""
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise ImportError("writing a checkpoint needs safetensors: pip install bertops[hf]") from error
-    tensors = hf_tensors(model)
-    config = {
-        "architectures": [CLASSES[model.config.family] + model.hf_name],
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        **model.config.to_hf(),
-    }
     weights = save(tensors, {"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / WEIGHTS, weights)
@@ -303,10 +339,19 @@ def _modern_norm(match: re.Match) -> str:
     return "LayerNorm." + {"gamma": "weight", "beta": "bias"}[match[1]]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, under the names in the files."""
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        with _safe_open()(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    return tensors
 
 
 def _safe_open() -> Any:

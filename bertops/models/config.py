@@ -1,4 +1,4 @@
-"""The shapes of the encoders: BERT, RoBERTa and DistilBERT; ALBERT."""
+"""The shapes of the encoders: BERT, RoBERTa and DistilBERT; ALBERT; MobileBERT."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 SHARES = ("none", "ffn", "attention", "all")
+NORMALIZATIONS = ("no_norm", "layer_norm")
 
 Config = TypeVar("Config", bound="EncoderConfig")
 
@@ -126,7 +127,13 @@ class BertConfig(EncoderConfig):
         ValueError: ``family`` or ``hidden_act`` is unknown, or ``position_offset`` lacks ``pad_token_id``.
     """
 
-    model_types: ClassVar[tuple[str, ...]] = tuple(x for x in hf_config.FAMILIES if x != "albert")
+    model_types: ClassVar[tuple[str, ...]] = (
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "distilbert",
+    )
 
 
 @dataclass(frozen=True)
@@ -210,15 +217,90 @@ class AlbertConfig(EncoderConfig):
         return asdict(replace(self, num_hidden_layers=count, num_hidden_groups=count, inner_group_num=1))
 
 
+@dataclass(frozen=True)
+class MobileBertConfig(EncoderConfig):
+    """Sizes of a MobileBERT; the defaults are those of the released model.
+
+    Args:
+        vocab_size, ...: as in :class:`BertConfig`. ``intermediate_size`` is that of each feed-forward
+            network; the heads split ``intra_bottleneck_size``. ``pooler``: as in BERT; without it, the heads
+            over the first token take that as it is (transformers: ``classifier_activation``).
+        embedding_size: width E of the word table; three words next to each other are projected to
+            ``hidden_size``, the width of the other tables and between the layers.
+        intra_bottleneck_size: width inside a layer, below ``hidden_size`` in MobileBERT, above it in its
+            teacher, whose bottlenecks are inverted.
+        use_bottleneck_attention: queries, keys and values all come from the layer's bottleneck (TINY).
+        key_query_shared_bottleneck: queries and keys come from a second bottleneck, values from the layer's
+            input. With neither, all three come from the layer's input (the teacher).
+        num_feedforward_networks: of a layer, one after the other.
+        normalization_type: ``no_norm``, a scale and a bias alone, or ``layer_norm``.
+
+    Raises:
+        ValueError: as :class:`BertConfig`; ``normalization_type`` is unknown, the sizes do not fit each
+            other, both bottlenecks of the attention are asked for, or there is a dropout or an offset that
+            MobileBERT lacks.
+
+    Source: Sun et al. 2020 (MobileBERT), table 1, and the configurations of its code.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("mobilebert",)
+
+    family: str = "mobilebert"
+    hidden_size: int = 512
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 4
+    intermediate_size: int = 512
+    hidden_act: str = "relu"
+    hidden_dropout_p: float = 0.0
+    attention_output_dropout_p: float = 0.0
+    classifier_dropout_p: float = 0.0
+    pooler: bool = False
+    embedding_size: int = 128
+    intra_bottleneck_size: int = 128
+    use_bottleneck_attention: bool = False
+    key_query_shared_bottleneck: bool = True
+    num_feedforward_networks: int = 4
+    normalization_type: str = "no_norm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normalization_type not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalization_type must be one of {', '.join(NORMALIZATIONS)}, "
+                f"got {self.normalization_type!r}"
+            )
+        if self.use_bottleneck_attention and self.key_query_shared_bottleneck:
+            raise ValueError(
+                "key_query_shared_bottleneck must be False where use_bottleneck_attention is True: queries "
+                "and keys come from one bottleneck"
+            )
+        if self.intra_bottleneck_size % self.num_attention_heads:
+            raise ValueError(
+                f"intra_bottleneck_size {self.intra_bottleneck_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.embedding_size > self.hidden_size:
+            raise ValueError(
+                f"embedding_size must be at most hidden_size = {self.hidden_size}, got {self.embedding_size}"
+            )
+        if self.num_feedforward_networks < 1:
+            raise ValueError(
+                f"num_feedforward_networks must be at least 1, got {self.num_feedforward_networks}"
+            )
+        for name in ("attention_output_dropout_p", "position_offset"):
+            if getattr(self, name):
+                raise ValueError(f"{name} must be 0: MobileBERT has none, got {getattr(self, name)}")
+
+
 def config_from_hf(config: Mapping[str, Any]) -> EncoderConfig:
-    """The :class:`AlbertConfig` or :class:`BertConfig` of a Hugging Face ``config.json``.
+    """The config, of the class that fits, of a Hugging Face ``config.json``.
 
     Raises:
         ValueError: a model that this package does not have; names the key.
     """
-    if config.get("model_type") in AlbertConfig.model_types:
-        return AlbertConfig.from_hf(config)
-    if config.get("model_type") in BertConfig.model_types:
-        return BertConfig.from_hf(config)
+    config_classes: tuple[type[EncoderConfig], ...] = (BertConfig, AlbertConfig, MobileBertConfig)
+    for config_class in config_classes:
+        if config.get("model_type") in config_class.model_types:
+            return config_class.from_hf(config)
     known = ", ".join(hf_config.FAMILIES)
     raise ValueError(f"model_type must be one of {known}, got {config.get('model_type')!r}")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from bertops.models.config import ACTIVATIONS, EncoderConfig
 from bertops.models.rows import first_tokens, positions_of, run_unpadded
 from bertops.nn import Attention, FactorizedEmbedding
 from bertops.ops import _checks
+
+if TYPE_CHECKING:
+    from bertops.models.mobilebert import TrigramEmbeddings
 
 Model = TypeVar("Model", bound="Encoder")
 
@@ -81,9 +84,9 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors``, from which transformers makes the same model.
 
-        Each file is the old one or the new one, never a part of it; the tensors come first. Where
-        transformers cannot share as an ALBERT does, every layer gets its copy, and reading checks that they
-        are equal.
+        Each file is the old one or the new one, never a part of it; the tensors come first. Of the RoBERTa
+        family it is transformers' RoBERTa. Where transformers cannot share as an ALBERT does, every layer
+        gets its copy, and reading checks that they are equal.
 
         Args:
             folder: made where it does not exist.
@@ -108,7 +111,10 @@ class Encoder(Pretrained):
     hf_name = "Model"
 
     def __init__(
-        self, config: EncoderConfig, embeddings: FactorizedEmbedding, layers: Iterable[Layer]
+        self,
+        config: EncoderConfig,
+        embeddings: "FactorizedEmbedding | TrigramEmbeddings",
+        layers: Iterable[nn.Module],
     ) -> None:
         super().__init__()
         self.config = config

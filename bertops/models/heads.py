@@ -129,20 +129,20 @@ class SequenceClassifier(WithHead):
 
 
 class MaskedLMHead(nn.Module):
-    """Linear to the word table's width E, activation, LayerNorm, then that table as decoder.
+    """Linear to the decoder's width, activation, LayerNorm, decoder: (..., hidden_size) to (..., vocab_size).
 
-    (..., hidden_size) to (..., vocab_size).
+    The decoder is the word table, whose width is E, and which the caller gives.
     """
 
-    def __init__(self, config: EncoderConfig, embedding_size: int) -> None:
+    def __init__(self, config: EncoderConfig, decoder_size: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, embedding_size)
-        self.norm = nn.LayerNorm(embedding_size, eps=config.layer_norm_eps)
+        self.dense = nn.Linear(config.hidden_size, decoder_size)
+        self.norm = nn.LayerNorm(decoder_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
         self.activation = ACTIVATIONS["gelu" if config.family == "roberta" else config.hidden_act]
 
-    def forward(self, hidden: Tensor, word: Tensor) -> Tensor:
-        return F.linear(self.norm(self.activation(self.dense(hidden))), word, self.bias)
+    def forward(self, hidden: Tensor, decoder: Tensor) -> Tensor:
+        return F.linear(self.norm(self.activation(self.dense(hidden))), decoder, self.bias)
 
 
 class MaskedLM(WithHead):
@@ -151,18 +151,23 @@ class MaskedLM(WithHead):
     ``logits`` are (B, N, vocab_size).
 
     Where only some rows are wanted, run ``model.encoder`` and
-    ``model.head(hidden[rows], model.encoder.embeddings.word.weight)``.
+    ``model.head(hidden[rows], model.decoder_weight())``.
     """
 
     hf_name = "ForMaskedLM"
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, decoder_size: int | None = None) -> None:
         if not config.tie_word_embeddings:
             raise ValueError("tie_word_embeddings must be true: a decoder of its own is not supported")
         super().__init__(config)
-        self.head = MaskedLMHead(config, self.encoder.embeddings.word.embedding_dim)
+        width = self.encoder.embeddings.word.embedding_dim if decoder_size is None else decoder_size
+        self.head = MaskedLMHead(config, width)
         initialize(self.head, config)
 
+    def decoder_weight(self) -> Tensor:
+        """(vocab_size, width of the head): what turns the head's rows into logits."""
+        return self.encoder.embeddings.word.weight
+
     def predict(self, encoded: EncoderOutput, mask: Tensor | None, cu_seqlens: Tensor | None) -> HeadOutput:
-        logits = self.head(encoded.last_hidden_state, self.encoder.embeddings.word.weight)
+        logits = self.head(encoded.last_hidden_state, self.decoder_weight())
         return HeadOutput(**vars(encoded), logits=logits)

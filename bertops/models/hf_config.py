@@ -11,6 +11,7 @@ FAMILIES = {
     "camembert": "roberta",
     "distilbert": "distilbert",
     "albert": "albert",
+    "mobilebert": "mobilebert",
 }
 
 REQUIRED = object()
@@ -59,6 +60,18 @@ KEYS = {
         "attention_dropout_p": ("attention_probs_dropout_prob", 0.0),
         "classifier_dropout_p": ("classifier_dropout_prob", 0.1),
     },
+    "mobilebert": _BERT_KEYS
+    | {
+        "embedding_size": ("embedding_size", 128),
+        "intra_bottleneck_size": ("intra_bottleneck_size", 128),
+        "use_bottleneck_attention": ("use_bottleneck_attention", False),
+        "key_query_shared_bottleneck": ("key_query_shared_bottleneck", True),
+        "num_feedforward_networks": ("num_feedforward_networks", 4),
+        "normalization_type": ("normalization_type", "no_norm"),
+        "hidden_act": ("hidden_act", "relu"),
+        "hidden_dropout_p": ("hidden_dropout_prob", 0.0),
+        "pooler": ("classifier_activation", True),
+    },
 }
 
 OURS = "bertops"  # key of the fields for which the file has no other place
@@ -97,6 +110,11 @@ def read_fields(config: Mapping[str, Any], model_types: tuple[str, ...]) -> dict
         values["position_offset"] = values["pad_token_id"] + 1
     if family == "albert":  # transformers projects between equal widths too
         values["always_project"] = values["embedding_size"] == values["hidden_size"]
+    if family == "mobilebert":
+        for key in ("use_bottleneck", "trigram_input"):
+            if not config.get(key, True):
+                raise ValueError(f"{key} must be true: a MobileBERT without it is not supported")
+        values["attention_output_dropout_p"] = 0.0
     labels = config.get("id2label")
     values["num_labels"] = len(labels) if labels is not None else config.get("num_labels", 2)
     return values | config.get(OURS, {})

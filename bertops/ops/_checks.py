@@ -126,6 +126,21 @@ def check_ids(input_ids: Tensor, **others: Tensor | None) -> None:
             )
 
 
+def check_in_table(name: str, ids: Tensor, table_name: str, table: Tensor) -> None:
+    """``ids`` are rows of ``table``; looks at the values on a CPU, elsewhere that would synchronise."""
+    if ids.numel() == 0 or ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    rows = table.shape[0]
+    low, high = ids.aminmax()
+    if int(low) >= 0 and int(high) < rows:
+        return
+    batch, column = ((ids < 0) | (ids >= rows)).nonzero()[0].tolist()
+    raise ValueError(
+        f"{name} must be from 0 to {rows - 1}, the rows of {table_name}, "
+        f"got {int(ids[batch, column])} at [{batch}, {column}]"
+    )
+
+
 def check_dropout(dropout_p: float) -> None:
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")

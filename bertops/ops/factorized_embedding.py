@@ -113,7 +113,8 @@ def factorized_embedding(
     rest = float(eps), float(dropout_p), seed
     backend = _backend.resolve("factorized_embedding", impl, word.device)
     if backend == "reference":
-        return reference.factorized_embedding(*ids, *parameters, *rest, padding_idx, position_padding_idx)
+        padding = {"padding_idx": padding_idx, "position_padding_idx": position_padding_idx}
+        return reference.factorized_embedding(*ids, *parameters, *rest, **padding)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parameters):
         options = backend, padding_idx, position_padding_idx, sparse
         return _FactorizedEmbedding.apply(options, *ids, *parameters, *rest)
@@ -226,29 +227,14 @@ def _check_ids(ids: tuple[Any, ...], parameters: tuple[Any, ...]) -> None:
             raise ValueError(f"{name} must be on the device {word.device} of word, got {_checks.describe(x)}")
     if cu_seqlens is not None:
         _checks.check_cu_seqlens(cu_seqlens, input_ids, dim=1)
-    _check_rows("input_ids", input_ids, "word", word)
+    _checks.check_in_table("input_ids", input_ids, "word", word)
     if position is not None:
         if position_ids is not None:
-            _check_rows("position_ids", position_ids, "position", position)
+            _checks.check_in_table("position_ids", position_ids, "position", position)
         else:
             _check_default_positions(input_ids, cu_seqlens, position)
     if token_type is not None and token_type_ids is not None:
-        _check_rows("token_type_ids", token_type_ids, "token_type", token_type)
-
-
-def _check_rows(name: str, ids: Tensor, table_name: str, table: Tensor) -> None:
-    """``ids`` are rows of ``table``; looks at the values on a CPU, elsewhere that would synchronise."""
-    if ids.numel() == 0 or ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    rows = table.shape[0]
-    low, high = ids.aminmax()
-    if int(low) >= 0 and int(high) < rows:
-        return
-    batch, column = ((ids < 0) | (ids >= rows)).nonzero()[0].tolist()
-    raise ValueError(
-        f"{name} must be from 0 to {rows - 1}, the rows of {table_name}, "
-        f"got {int(ids[batch, column])} at [{batch}, {column}]"
-    )
+        _checks.check_in_table("token_type_ids", token_type_ids, "token_type", token_type)
 
 
 def _check_default_positions(input_ids: Tensor, cu_seqlens: Tensor | None, position: Tensor) -> None:

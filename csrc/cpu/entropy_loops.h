@@ -62,14 +62,6 @@ struct RowSums {
   }
 };
 
-template <class T>
-BERTOPS_INLINE T sum_of(Vec<T> x) {
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) x[lane] += x[lane + half];
-  }
-  return x[0];
-}
-
 // ---- few classes: block[c][lane]
 
 template <class T, class S>

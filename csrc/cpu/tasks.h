@@ -53,8 +53,11 @@ struct Rows {
   int64_t longest = 0;
 
   // `x` is (B, H, N, D).
-  Rows(const Tensor& x, const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
-    const int64_t batch = x.size(0), length = x.size(2);
+  Rows(const Tensor& x, const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens)
+      : Rows(x.size(0), x.size(2), mask, cu_seqlens) {}
+
+  Rows(int64_t batch, int64_t length, const std::optional<Tensor>& mask,
+       const std::optional<Tensor>& cu_seqlens) {
     if (mask) {
       from_mask(*mask, batch, length);
     } else {

@@ -28,6 +28,14 @@ BERTOPS_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // not 0 + x, which is no identity for -0 and costs an addition
 }
 
+template <class T>
+BERTOPS_INLINE T sum_of(Vec<T> x) {
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) x[lane] += x[lane + half];
+  }
+  return x[0];
+}
+
 BERTOPS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 BERTOPS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 BERTOPS_INLINE int64_t round_up(int64_t x, int64_t multiple) {
