@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bench.real import model_folder
 from bertops.data import pack, read_tsv
-from bertops.distill.self_distillation import self_distillation_loss
+from bertops.distill.losses.fastbert import self_distillation_loss
 from bertops.models import BertModel, FastBert, FastBertOutput
 
 MAX_TOKENS = 128  # of a row; the longer ones are cut

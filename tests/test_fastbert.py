@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bertops.distill.self_distillation import self_distillation_loss
+from bertops.distill.losses.fastbert import self_distillation_loss
 from bertops.early_exit import Entropy, NormalizedEntropy, Patience
 from bertops.models import BertConfig, BertModel, ExitClassifier, FastBert, FastBertOutput
 

@@ -109,7 +109,7 @@ class FastBert(nn.Module):
 
     Training has two stages. First encoder and teacher learn the task: cross entropy of ``output.logits``.
     Then ``freeze()``, and the students learn from the teacher without labels, on any text of the domain:
-    :func:`bertops.distill.self_distillation.self_distillation_loss`.
+    :func:`bertops.distill.losses.self_distillation_loss`.
 
     Source: Liu et al. 2020 (FastBERT).
     """
