@@ -11,6 +11,8 @@ from bertops.ops.compact import compact, compact_packed
 from bertops.ops.entropy import entropy
 from bertops.ops.exit_decision import ExitDecision, exit_decision
 from bertops.ops.factorized_embedding import factorized_embedding
+from bertops.ops.linear_kl_div import linear_kl_div
+from bertops.ops.projected_mse import projected_mse
 from bertops.ops.relation_kl import relation_kl
 
 __version__ = "0.1.0"
@@ -27,7 +29,9 @@ __all__ = [
     "entropy",
     "exit_decision",
     "factorized_embedding",
+    "linear_kl_div",
     "nn",
+    "projected_mse",
     "relation_kl",
     "use_impl",
 ]

@@ -23,6 +23,8 @@ IMPLEMENTATIONS = {
     "compact": ("cpu", "cuda", "reference"),
     "compact_packed": ("cpu", "cuda", "reference"),
     "factorized_embedding": ("cpu", "triton", "reference"),
+    "linear_kl_div": ("cpu", "triton", "reference"),
+    "projected_mse": ("cpu", "triton", "reference"),
 }
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -284,6 +284,71 @@ def _(
     return tuple(grads)
 
 
+# Losses behind a linear layer: hidden states are (M, width), weights (rows, width) as nn.Linear holds them. Rows
+# of the loss (M,), then the gradients of the student's three for the upstream gradient grad_rows, in the dtype of
+# losses; one that is not wanted is empty.
+_LINEAR_KL = (
+    "Tensor hidden_s, Tensor weight_s, Tensor? bias_s, Tensor hidden_t, Tensor weight_t, Tensor? bias_t,"
+    " Tensor? mask, float temperature"
+)
+_PROJECTED = "Tensor hidden_s, Tensor? weight, Tensor? bias, Tensor hidden_t, Tensor? mask"
+_WANTED = "bool want_hidden, bool want_weight, bool want_bias"
+_define(f"linear_kl_div_fwd({_LINEAR_KL}) -> Tensor")
+_define(
+    f"linear_kl_div_with_grads(Tensor grad_rows, {_LINEAR_KL}, {_WANTED}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_define(f"projected_mse_fwd({_PROJECTED}) -> Tensor")
+_define(
+    f"projected_mse_with_grads(Tensor grad_rows, {_PROJECTED}, {_WANTED}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _loss_of_rows(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.new_empty(hidden.shape[:1], dtype=accumulator_dtype(hidden.dtype))
+
+
+def _linear_grads(students, wanted):
+    like = _loss_of_rows(students[0])
+    return tuple(
+        like.new_empty(x.shape if want else (0,)) for x, want in zip(students, wanted, strict=True)
+    )
+
+
+@torch.library.register_fake("bertops::linear_kl_div_fwd")
+def _(hidden_s, weight_s, bias_s, hidden_t, weight_t, bias_t, mask, temperature):
+    return _loss_of_rows(hidden_s)
+
+
+@torch.library.register_fake("bertops::linear_kl_div_with_grads")
+def _(
+    grad_rows,
+    hidden_s,
+    weight_s,
+    bias_s,
+    hidden_t,
+    weight_t,
+    bias_t,
+    mask,
+    temperature,
+    want_hidden,
+    want_weight,
+    want_bias,
+):
+    wanted = want_hidden, want_weight, want_bias
+    return _loss_of_rows(hidden_s), *_linear_grads((hidden_s, weight_s, bias_s), wanted)
+
+
+@torch.library.register_fake("bertops::projected_mse_fwd")
+def _(hidden_s, weight, bias, hidden_t, mask):
+    return _loss_of_rows(hidden_s)
+
+
+@torch.library.register_fake("bertops::projected_mse_with_grads")
+def _(grad_rows, hidden_s, weight, bias, hidden_t, mask, want_hidden, want_weight, want_bias):
+    wanted = want_hidden, want_weight, want_bias
+    return _loss_of_rows(hidden_s), *_linear_grads((hidden_s, weight, bias), wanted)
+
+
 # What the machine can do at most, for the bench: work on every thread of the device of ``like`` and count it.
 _define("_limits_fma(Tensor like, int steps) -> (Tensor, int)")
 _define("_limits_exp(Tensor like, int steps) -> (Tensor, int)")

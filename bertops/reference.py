@@ -141,6 +141,29 @@ def factorized_embedding(
     return F.linear(hidden.to(projection.dtype), projection, projection_bias)
 
 
+def linear_kl_div(hidden_s, weight_s, bias_s, hidden_t, weight_t, bias_t, mask=None, temperature=1.0):
+    """Returns T^2 KL (M,) of every row of the hidden states (M, H); see :func:`bertops.linear_kl_div`."""
+    log_probs_s = _linear(hidden_s, weight_s, bias_s, mask).div(temperature).log_softmax(-1)
+    log_probs_t = _linear(hidden_t, weight_t, bias_t, mask).div(temperature).log_softmax(-1)
+    rows = temperature**2 * (log_probs_t.exp() * (log_probs_t - log_probs_s)).sum(-1)
+    return rows if mask is None else torch.where(mask, rows, 0.0)
+
+
+def projected_mse(hidden_s, weight, bias, hidden_t, mask=None):
+    """Returns the squared differences (M,) of every row, summed over its width; see the public op."""
+    difference = _linear(hidden_s, weight, bias, mask) - _linear(hidden_t, None, None, mask)
+    rows = difference.square().sum(-1)
+    return rows if mask is None else torch.where(mask, rows, 0.0)
+
+
+def _linear(hidden, weight, bias, mask):
+    """(M, rows of the weight) in the dtype of losses; hidden states that are not real count as 0."""
+    if mask is not None:
+        hidden = torch.where(mask[:, None], hidden, 0.0)
+    out = hidden if weight is None else F.linear(hidden, weight, bias)
+    return out.to(accumulator_dtype(hidden.dtype))
+
+
 def default_positions(input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """(1, N): columns, counted from the start of every packed sequence."""
     length = input_ids.shape[1]

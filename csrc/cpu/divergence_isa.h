@@ -3,4 +3,5 @@
 #include "cpu/rows.h"
 #include "cpu/tile.h"
 #include "cpu/head_tiles.h"
+#include "cpu/divergence_rows.h"
 #include "cpu/divergence_loops.h"
