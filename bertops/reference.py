@@ -164,6 +164,57 @@ def _linear(hidden, weight, bias, mask):
     return out.to(accumulator_dtype(hidden.dtype))
 
 
+def cosine_loss(hidden_s, hidden_t, mask=None, eps=1e-12):
+    """Returns 1 - cos of every row, 0 where it is not real; see :func:`bertops.cosine_loss`."""
+    s, t = (_unit(x, eps) for x in _real_rows(hidden_s, hidden_t, mask))
+    return _of_real_rows(1 - (s * t).sum(-1), mask)
+
+
+def normalized_mse(hidden_s, hidden_t, mask=None, eps=1e-12):
+    """Returns the squared distance of the rows' unit vectors, summed over H; see the public op."""
+    s, t = (_unit(x, eps) for x in _real_rows(hidden_s, hidden_t, mask))
+    return _of_real_rows((s - t).square().sum(-1), mask)
+
+
+def feature_map_transfer(hidden_s, hidden_t, mask=None, eps=1e-12):
+    """Returns (3, ...): MSE of the normalised rows, squared difference of means, |difference of variances|."""
+    s, t = _real_rows(hidden_s, hidden_t, mask)
+    normed_s, normed_t = (F.layer_norm(x, x.shape[-1:], eps=eps) for x in (s, t))
+    rows = (
+        (normed_s - normed_t).square().mean(-1),
+        (s.mean(-1) - t.mean(-1)).square(),
+        (s.var(-1, correction=0) - t.var(-1, correction=0)).abs(),
+    )
+    return torch.stack([_of_real_rows(x, mask) for x in rows])
+
+
+def kl_div_logits(logits_s, logits_t, mask=None, temperature=1.0):
+    """Returns T^2 KL(teacher || student) of every row; see :func:`bertops.kl_div_logits`."""
+    s, t = _real_rows(logits_s, logits_t, mask)
+    log_probs_s, log_probs_t = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
+    probs = log_probs_t.exp()
+    # a class without probability adds 0; the difference of its logarithms may be NaN, also in the gradient
+    differences = torch.where(probs == 0, 0.0, log_probs_t) - log_probs_s.masked_fill(probs == 0, 0.0)
+    return _of_real_rows(temperature**2 * (probs * differences).sum(-1), mask)
+
+
+def _real_rows(x_s, x_t, mask):
+    """Both in the dtype of losses, rows that are not real as 0."""
+    dtype = accumulator_dtype(x_s.dtype)
+    pair = x_s.to(dtype), x_t.to(dtype)
+    return pair if mask is None else tuple(torch.where(mask[..., None], x, 0.0) for x in pair)
+
+
+def _of_real_rows(rows, mask):
+    return rows if mask is None else torch.where(mask, rows, 0.0)
+
+
+def _unit(x, eps):
+    """x / |x|, and 0 with gradient 0 for a vector shorter than ``eps``."""
+    long = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) >= eps
+    return torch.where(long, F.normalize(torch.where(long, x, 1.0), dim=-1, eps=eps), 0.0)
+
+
 def default_positions(input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """(1, N): columns, counted from the start of every packed sequence."""
     length = input_ids.shape[1]

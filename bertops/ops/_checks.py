@@ -65,20 +65,20 @@ def check_rows(mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Ten
     if mask is not None and cu_seqlens is not None:
         raise ValueError("mask and cu_seqlens exclude each other: packed rows have no padding to mask")
     if mask is not None:
-        return _check_mask(mask, x)
+        return check_mask(mask, (x.shape[0], x.shape[2]), x.device)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x)
     return None
 
 
-def _check_mask(mask: Tensor, x: Tensor) -> Tensor:
-    expected = (x.shape[0], x.shape[2])
+def check_mask(mask: Tensor, expected: tuple[int, ...], device: torch.device) -> Tensor:
+    """Checks which rows are real; returns ``mask`` as a bool tensor."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor of shape {expected}, got {describe(mask)}")
     if tuple(mask.shape) != expected:
         raise ValueError(f"mask must have shape (B, N) = {expected}, got {describe(mask)}")
-    if mask.device != x.device:
-        raise ValueError(f"mask must be on {x.device}, got {describe(mask)}")
+    if mask.device != device:
+        raise ValueError(f"mask must be on {device}, got {describe(mask)}")
     if mask.dtype == torch.bool:
         return mask
     if mask.dtype.is_floating_point or mask.dtype.is_complex:

@@ -45,20 +45,24 @@ BERTOPS_INLINE int64_t round_up(int64_t x, int64_t multiple) {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// 2^x and 2^x - 1, the latter without the digits that subtracting 1 would lose near 0.
+// 2^x, 2^x - 1 and 2^x - 1 - x ln 2, the latter two without the digits that subtracting would lose near 0.
 template <class T>
 struct Exp2 {
-  Vec<T> value, less_one;
+  Vec<T> value, less_one, less_line;
 };
 
-// (2^r - 1) / r for |r| <= 1/2: 2^r has relative error 2e-9, found by Remez exchange.
-BERTOPS_INLINE Vec<float> exp2_series(Vec<float> r) {
+// (2^r - 1 - r ln 2) / r^2 for |r| <= 1/2: all of exp2_series but its constant.
+BERTOPS_INLINE Vec<float> exp2_curve(Vec<float> r) {
   Vec<float> p = broadcast(1.53458121613e-4f);
   p = p * r + 1.33999311772e-3f;
   p = p * r + 9.61848895633e-3f;
   p = p * r + 5.55032877711e-2f;
-  p = p * r + 2.40226468906e-1f;
-  return p * r + 6.93147205737e-1f;
+  return p * r + 2.40226468906e-1f;
+}
+
+// (2^r - 1) / r for |r| <= 1/2: 2^r has relative error 2e-9, found by Remez exchange.
+BERTOPS_INLINE Vec<float> exp2_series(Vec<float> curve, Vec<float> r) {
+  return curve * r + 6.93147205737e-1f;
 }
 
 // For x up to 127: 0 and -1 below -126 (-inf too), NaN for NaN. x = n + r with |r| <= 1/2.
@@ -66,12 +70,13 @@ BERTOPS_INLINE Exp2<float> exp2_and_less_one(Vec<float> x) {
   typedef int32_t IntVec __attribute__((vector_size(BERTOPS_VEC_BYTES)));
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const Vec<float> shifted = x + magic;
-  const Vec<float> r = x - (shifted - magic), p = exp2_series(r);
+  const Vec<float> n = shifted - magic, r = x - n, curve = exp2_curve(r), p = exp2_series(curve, r);
   const IntVec exponent = (reinterpret_cast<IntVec>(shifted) << 23) + (127 << 23);
   const Vec<float> power = reinterpret_cast<Vec<float>>(exponent);
   const auto none = x < -126.f;
-  return {none ? Vec<float>{} : (p * r + 1.f) * power,
-          none ? Vec<float>{} - 1.f : p * r * power + (power - 1.f)};
+  const Vec<float> less_one = none ? Vec<float>{} - 1.f : p * r * power + (power - 1.f);
+  return {none ? Vec<float>{} : (p * r + 1.f) * power, less_one,
+          n == 0.f ? curve * r * r : less_one - x * static_cast<float>(kLn2)};
 }
 
 BERTOPS_INLINE Exp2<double> exp2_and_less_one(Vec<double> x) {
@@ -79,6 +84,7 @@ BERTOPS_INLINE Exp2<double> exp2_and_less_one(Vec<double> x) {
   for (int lane = 0; lane < kLanes<double>; ++lane) {
     result.value[lane] = __builtin_exp2(x[lane]);
     result.less_one[lane] = __builtin_expm1(x[lane] * kLn2);
+    result.less_line[lane] = result.less_one[lane] - x[lane] * kLn2;
   }
   return result;
 }
@@ -100,7 +106,7 @@ BERTOPS_INLINE Vec<float> exp(Vec<float> x) {
   const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   const IntVec exponent = (reinterpret_cast<IntVec>(shifted) << 23) + (127 << 23);
   const Vec<float> y = r * static_cast<float>(kLog2E);
-  const Vec<float> value = (exp2_series(y) * y + 1.f) * reinterpret_cast<Vec<float>>(exponent);
+  const Vec<float> value = (exp2_series(exp2_curve(y), y) * y + 1.f) * reinterpret_cast<Vec<float>>(exponent);
   return x < -87.3f ? Vec<float>{} : value;
 }
 
