@@ -146,14 +146,6 @@ BERTOPS_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-template <class T>
-BERTOPS_INLINE T sum_of(Vec<T> x) {
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) x[lane] += x[lane + half];
-  }
-  return x[0];
-}
-
 template <int... kLane>
 struct LaneList {};
 template <int kCount, int... kLane>
