@@ -1,6 +1,7 @@
 """A small task of generated texts, and a random teacher with a tokenizer that knows their words."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +66,8 @@ def write_model(folder: Path, model) -> Path:
     return folder
 
 
-def write_teacher(folder: Path) -> Path:
-    return write_model(folder, BertForSequenceClassification(CONFIG))
+def write_teacher(folder: Path, **changes) -> Path:
+    return write_model(folder, BertForSequenceClassification(replace(CONFIG, **changes)))
 
 
 def write_pretrained(folder: Path) -> Path:

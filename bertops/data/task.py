@@ -27,6 +27,9 @@ class TaskTexts:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def all_texts(self) -> list[str]:
+        return [*self.texts, *(self.pairs or ())]
+
     def first(self, count: int) -> "TaskTexts":
         pairs = None if self.pairs is None else self.pairs[:count]
         return TaskTexts(self.texts[:count], self.labels[:count], pairs)

@@ -14,10 +14,13 @@ from bertops._files import write_whole
 from bertops.distill.initialize import init_student_from_teacher
 from bertops.distill.settings import StudentSettings
 from bertops.models import (
+    AlbertForMaskedLM,
     AlbertForSequenceClassification,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BiLSTMClassifier,
     FastBert,
+    MobileBertForMaskedLM,
     MobileBertForSequenceClassification,
     bilstm,
     fastbert,
@@ -36,6 +39,7 @@ CLASSIFIERS: tuple[Any, ...] = (
     AlbertForSequenceClassification,
     MobileBertForSequenceClassification,
 )
+MASKED_LMS: tuple[Any, ...] = (BertForMaskedLM, AlbertForMaskedLM, MobileBertForMaskedLM)
 
 LayerMap = Callable[[int, int], Sequence[int]]
 
@@ -69,6 +73,16 @@ def load_classifier(model: str | Path, labels: Sequence[str]) -> Any:
                 f"python -m bertops finetune --model {model} --data ..."
             )
     return classifier_class(encoder_config(folder)).from_pretrained(folder)
+
+
+def load_masked_lm(folder: Path) -> Any:
+    """A masked language model in evaluation mode.
+
+    Raises:
+        ValueError: the folder holds none; names what is missing.
+    """
+    config = encoder_config(folder)
+    return next(cls for cls in MASKED_LMS if isinstance(config, cls.config_class)).from_pretrained(folder)
 
 
 def classifier_class(config: EncoderConfig) -> Any:

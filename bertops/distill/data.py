@@ -1,6 +1,6 @@
 """A task's texts as token ids, and the batches that training draws from them, in an order that repeats."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,6 +50,42 @@ class EncodedTexts:
         return [self.batch(order[first : first + size]) for first in range(0, len(self), size)]
 
 
+@dataclass(frozen=True)
+class AugmentedTexts:
+    """Texts and variants of them, made when they are drawn: row ``j * n + i`` is variant j of text i of n.
+
+    Variant 0 is the text itself. A pair has a variant of both its texts.
+
+    Args:
+        examples: the n texts.
+        augment: makes the variant of a text of a given number, the row's; see
+            :mod:`bertops.data.augmentation`.
+        copies: variants beside the text itself.
+        tokenizer: as :func:`encode` takes it.
+    """
+
+    examples: TaskTexts
+    augment: Callable[[str, int], str]
+    copies: int
+    tokenizer: "Tokenizer"
+
+    def __len__(self) -> int:
+        return len(self.examples) * (self.copies + 1)
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        texts, count = self.examples, len(self.examples)
+
+        def variant(text: str, number: int) -> str:
+            return text if number < count else self.augment(text, number)
+
+        rows = [number % count for number in numbers]
+        drawn = list(zip(rows, numbers, strict=True))
+        first = [variant(texts.texts[row], number) for row, number in drawn]
+        pairs = texts.pairs and [variant(texts.pairs[row], number) for row, number in drawn]
+        labels = [texts.labels[row] for row in rows]
+        return encode(self.tokenizer, TaskTexts(first, labels, pairs)).batch(range(len(rows)))
+
+
 def encode(tokenizer: "Tokenizer", examples: TaskTexts) -> EncodedTexts:
     """Tokenises all of it; the tokenizer cuts at the length that it was told.
 
@@ -85,7 +121,11 @@ def pad(
 
 def inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
     """What ``model`` takes of a batch: token types only where it knows more than one."""
-    given = {"input_ids": batch["input_ids"], "mask": batch["mask"]}
+    ids, mask = batch["input_ids"], batch["mask"]
+    if getattr(model.config, "pair", False):  # a BiLSTM reads the two texts apart
+        second = batch["token_type_ids"] == 1
+        return {"input_ids": ids, "mask": mask & ~second, "pair_ids": ids, "pair_mask": mask & second}
+    given = {"input_ids": ids, "mask": mask}
     if "token_type_ids" in batch and getattr(model.config, "type_vocab_size", 0) > 1:
         given["token_type_ids"] = batch["token_type_ids"]
     return given

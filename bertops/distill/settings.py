@@ -41,12 +41,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            value, kind = getattr(self, entry.name), type(entry.default)
+            default: Any = entry.default
+            value, kind = getattr(self, entry.name), type(default)
             if kind is float and type(value) is int:
                 object.__setattr__(self, entry.name, float(value))
             elif type(value) is not kind:
                 raise TypeError(f"{entry.name} must be of type {kind.__name__}, got {value!r}")
-            if kind in (int, float) and value < 0 <= entry.default:
+            if kind in (int, float) and value < 0 <= default:
                 raise ValueError(f"{entry.name} must be at least 0, got {value}")
         if self.impl not in CHOICES:
             raise ValueError(f"impl must be one of {', '.join(CHOICES)}, got {self.impl!r}")

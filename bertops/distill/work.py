@@ -1,6 +1,6 @@
 """One call of ``finetune`` or of a recipe: its task, its model to start from, its folder and its stages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
@@ -10,10 +10,13 @@ from typing import Any
 from torch import nn
 
 import bertops
+from bertops.data.augmentation import NearestWords
 from bertops.data.task import Task, read_task
+from bertops.data.text import special_tokens
 from bertops.distill import classifiers
 from bertops.distill.classifiers import LayerMap
-from bertops.distill.data import Batch, ClassificationStream, EncodedTexts, Rows, encode
+from bertops.distill.data import AugmentedTexts, Batch, ClassificationStream, EncodedTexts, Rows, encode
+from bertops.distill.masked_words import MaskedWords
 from bertops.distill.objective import Distillation
 from bertops.distill.settings import Settings, StudentSettings
 from bertops.distill.stopped import Stopped
@@ -78,6 +81,12 @@ class Work:
             classifiers.same_tokens(resolve_folder(self.settings.student), self.folder)
         return classifiers.new_student(teacher, self.settings, self.task.labels, start)
 
+    def masked_words(self, model: str, others: NearestWords) -> MaskedWords:
+        """What the masked language model proposes, which reads the teacher's tokens."""
+        folder = resolve_folder(model)
+        classifiers.same_tokens(folder, self.folder)
+        return MaskedWords(classifiers.load_masked_lm(folder), self.tokenizer, others)
+
     # Data
 
     @cached_property
@@ -89,6 +98,16 @@ class Work:
     def texts(self) -> EncodedTexts:
         """To train on."""
         return encode(self.tokenizer, self.task.train)
+
+    @property
+    def mask_token(self) -> str:
+        return self.tokenizer.id_to_token(special_tokens(self.tokenizer).mask_token_id)
+
+    def augmented(self, augment: Callable[[str, int], str], copies: int) -> Rows:
+        """The texts and variants of them, see :class:`bertops.distill.data.AugmentedTexts`."""
+        if not copies:
+            return self.texts
+        return AugmentedTexts(self.task.train, augment, copies, self.tokenizer)
 
     @cached_property
     def dev_batches(self) -> Sequence[Batch]:

@@ -32,9 +32,9 @@ class Options(StudentSettings):
 
 
 class Relations(Distillation):
-    """The student's last layer attends as the teacher's does; no labels, and any number of layers and width."""
+    """The student's last layer attends as the teacher's does; no labels, any number of layers, any width."""
 
-    over: ClassVar = {name: TOKENS for name in ("attention", "value", "q", "k", "v")}
+    over: ClassVar = dict.fromkeys(("attention", "value", "q", "k", "v"), TOKENS)
 
     def __init__(self, student: Any, teacher: Any, options: Options) -> None:
         super().__init__(student, teacher)

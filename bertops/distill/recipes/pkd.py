@@ -36,7 +36,7 @@ class Options(StudentSettings):
 class PatientDistillation(Distillation):
     """Labels, answers and first tokens, equation 7."""
 
-    over: ClassVar = {name: SAMPLES for name in ("labels", "logits", "hidden", "accuracy")}
+    over: ClassVar = dict.fromkeys(("labels", "logits", "hidden", "accuracy"), SAMPLES)
 
     def __init__(self, student: Any, teacher: Any, options: Options) -> None:
         super().__init__(student, teacher)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from bertops.data.augmentation import NearestWords, TinyBertAugmentation
 from bertops.distill import layer_map
 from bertops.distill.capture import capture
 from bertops.distill.data import Batch, inputs
@@ -23,6 +24,7 @@ class Options(StudentSettings):
     intermediate_rate: float = setting(5e-5, "learning rate of the intermediate stage, its peak")
     temperature: float = setting(1.0, "of the teacher's answers")
     augment: int = setting(20, "variants of every text; 0 for none")
+    masked_lm: str = setting("", "folder or hub id of a masked language model that proposes their words")
 
 
 class Intermediate(Distillation):
@@ -66,13 +68,16 @@ def distill(work: Work, options: Options) -> Outcome:
 
     The student starts from the teacher's layers under the uniform map where it has the teacher's width. The
     paper starts it from general distillation, the intermediate stage on a corpus of any text: give such a
-    model as ``student``. The official code keeps the intermediate stage's learning rate constant.
+    model as ``student``. The official code keeps the intermediate stage's learning rate constant. Variants of
+    a text take the words nearest by the teacher's word vectors, or those that ``masked_lm`` proposes.
 
     Source: Jiao et al. 2020 (TinyBERT), section 3.2; sizes and rates are those of section 4.2 and its code.
     """
     teacher = work.teacher()
     student = work.student(teacher, layer_map.uniform)
-    rows = work.texts
+    nearest = NearestWords(teacher.encoder.embeddings.word.weight.numpy(force=True), work.tokenizer)
+    proposed = work.masked_words(options.masked_lm, nearest) if options.masked_lm else nearest
+    rows = work.augmented(TinyBertAugmentation(proposed, seed=options.seed), options.augment)
     work.open(work.plan(rows))
     intermediate = work.plan(
         rows,
