@@ -348,7 +348,7 @@ def test_options_from_a_file_and_flags_win(places, tmp_path):
     ("content", "message"),
     [
         ("batchsize: 4\n", "unknown option batchsize"),
-        ("batch_size: four\n", "batch_size must be of type int, got 'four'"),
+        ("warmup: much\n", "warmup must be of type float, got 'much'"),
         ("- 1\n", "must hold options by name"),
         ("a: [\n", "is not YAML"),
     ],

@@ -12,6 +12,7 @@ from torch import Tensor
 from bertops.data._host import host
 from bertops.data.task import TaskTexts
 from bertops.data.text import special_tokens
+from bertops.models.encoder import Pretrained
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -119,13 +120,15 @@ def pad(
     return batch if types is None else {**batch, "token_type_ids": padded(types, 0)}
 
 
-def inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """What ``model`` takes of a batch: token types only where it knows more than one."""
+def inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    """What ``model`` takes of a batch: token types only where it knows more than one, no padding inside."""
     ids, mask = batch["input_ids"], batch["mask"]
     if getattr(model.config, "pair", False):  # a BiLSTM reads the two texts apart
         second = batch["token_type_ids"] == 1
         return {"input_ids": ids, "mask": mask & ~second, "pair_ids": ids, "pair_mask": mask & second}
     given = {"input_ids": ids, "mask": mask}
+    if isinstance(model, Pretrained):
+        given["unpad"] = len(mask) > 1
     if "token_type_ids" in batch and getattr(model.config, "type_vocab_size", 0) > 1:
         given["token_type_ids"] = batch["token_type_ids"]
     return given

@@ -85,7 +85,7 @@ def run(
     model: nn.Module, batch: Batch, speed: float | None, device: str | torch.device
 ) -> tuple[Tensor, float]:
     """The answers (B,) on the CPU, and the seconds until they are there."""
-    given = {name: x.to(device) for name, x in inputs(model, batch).items()}
+    given = inputs(model, {name: x.to(device) for name, x in batch.items()})
     start = time.perf_counter()
     output = model(**given) if speed is None else model.infer(**given, speed=speed)  # type: ignore[operator]
     found = output.logits.argmax(1).cpu()

@@ -138,6 +138,15 @@ IGNORED = re.compile(
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HUB_FILES = [
+    CONFIG,
+    WEIGHTS,
+    INDEX,
+    "*-of-*",
+    "exits.safetensors",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+]
 
 
 class Checkpoint:
@@ -214,7 +223,7 @@ def resolve_folder(folder_or_hub_id: str | Path) -> Path:
         raise ImportError(
             f"no folder {folder_or_hub_id}; to fetch that id from the hub: pip install bertops[hf]"
         ) from error
-    return Path(snapshot_download(folder_or_hub_id, allow_patterns=[CONFIG, WEIGHTS, INDEX, "*-of-*"]))
+    return Path(snapshot_download(folder_or_hub_id, allow_patterns=HUB_FILES))
 
 
 def weight_files(folder: Path) -> list[Path]:

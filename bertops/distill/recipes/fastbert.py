@@ -34,7 +34,7 @@ class Backbone(Distillation):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         model, labels = self.student, batch["labels"]
-        hidden = model.encoder(**inputs(model, batch)).last_hidden_state
+        hidden = model.encoder(**inputs(model.encoder, batch)).last_hidden_state
         logits = model.classify(model.num_layers, hidden, batch["mask"])
         return {"loss": cross_entropy(logits, labels, 1.0), "accuracy": correct(logits, labels)}
 
