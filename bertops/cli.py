@@ -13,6 +13,7 @@ import torch
 import bertops
 from bertops import _backend
 from bertops.distill.command import add_distill, add_eval, add_finetune
+from bertops.pretraining.command import add_pretrain
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 DEVICES_OF = {"cpu": ("cpu",), "cuda": ("cuda",)}  # Triton also runs on a CPU, in its interpreter
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info_parser = commands.add_parser("info", help="versions, and which kernels run here or why not")
     info_parser.set_defaults(run=info)
     add_bench(commands)
+    add_pretrain(commands)
     add_finetune(commands)
     add_distill(commands)
     add_eval(commands)

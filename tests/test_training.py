@@ -36,7 +36,7 @@ def one_thread():
 def no_curves(monkeypatch, request):
     """Drawing takes most of the time of so small a run."""
     if request.node.name != "test_final_files":
-        monkeypatch.setattr(curves, "draw", lambda lines: b"")
+        monkeypatch.setattr(curves, "draw", lambda *arguments: b"")
 
 
 @pytest.fixture(scope="module")

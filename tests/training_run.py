@@ -134,7 +134,7 @@ def main(folder: str, port: str) -> None:
     """Forks the processes that test_training.py wants, after one import; prints their statuses."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # as under test
-    curves.draw = lambda lines: b""
+    curves.draw = lambda *arguments: b""
     out = Path(folder)
     works = [
         partial(killed, out / "killed"),

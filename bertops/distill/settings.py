@@ -2,17 +2,14 @@
 
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from bertops._backend import CHOICES
+from bertops.pretraining.settings import setting
 
 if TYPE_CHECKING:
     from bertops.training import Plan
-
-
-def setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """ALBERT's embedding, and BERT's: rows of three tables, LayerNorm, projection."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -90,8 +91,8 @@ def factorized_embedding(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. On a CPU an id outside its
-            table is a ValueError that names the first one and its place; on a GPU it stops the kernel with a
-            message.
+            table is a ValueError that names the first one and its place (from the kernel, and so under
+            torch.compile, a RuntimeError that says the same); on a GPU it stops the kernel with a message.
         RuntimeError: no kernel for this device, or the chosen ``impl`` is not available; says why.
 
     Source: Lan et al. 2020 (ALBERT), section 3.1; its code puts LayerNorm and dropout at width E. Devlin
@@ -110,15 +111,14 @@ def factorized_embedding(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=word.device)
-    rest = float(eps), float(dropout_p), seed
+    arguments: tuple[Any, ...] = (*ids, *parameters, float(eps), float(dropout_p), seed)
     backend = _backend.resolve("factorized_embedding", impl, word.device)
     if backend == "reference":
-        padding = {"padding_idx": padding_idx, "position_padding_idx": position_padding_idx}
-        return reference.factorized_embedding(*ids, *parameters, *rest, **padding)
+        return reference.factorized_embedding(*(*arguments, padding_idx, position_padding_idx))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parameters):
         options = backend, padding_idx, position_padding_idx, sparse
-        return _FactorizedEmbedding.apply(options, *ids, *parameters, *rest)
-    return _forward_kernel(backend)(*ids, *parameters, *rest)[0]
+        return _FactorizedEmbedding.apply(options, *arguments)
+    return _forward_kernel(backend)(*arguments)[0]
 
 
 class _FactorizedEmbedding(torch.autograd.Function):
@@ -239,15 +239,20 @@ def _check_ids(ids: tuple[Any, ...], parameters: tuple[Any, ...]) -> None:
 
 def _check_default_positions(input_ids: Tensor, cu_seqlens: Tensor | None, position: Tensor) -> None:
     """Every column has its row; of packed sequences that is in the values, which are read on a CPU alone."""
-    length, of = input_ids.shape[1], "columns of input_ids"
-    if cu_seqlens is not None:
-        if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling() or cu_seqlens.shape[0] < 2:
-            return
-        length, of = int(cu_seqlens.diff().max()), "tokens of the longest sequence in cu_seqlens"
-    if length > position.shape[0]:
+    rows, length = position.shape[0], input_ids.shape[1]
+    if cu_seqlens is None and length > rows:
         raise ValueError(
-            f"position must have a row for each of the {length} {of}, got {_checks.describe(position)}"
+            f"position must have a row for each of the {length} columns of input_ids, "
+            f"got {_checks.describe(position)}"
         )
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for start, end in pairwise(cu_seqlens.tolist()):
+        if end - start > rows:
+            raise ValueError(
+                f"position must have a row for every position, of which it has {rows}, "
+                f"got position {rows} at [0, {start + rows}]"
+            )
 
 
 def _check_padding(name: str, index: int | None, table_name: str, table: Tensor | None) -> int | None:

@@ -1,7 +1,7 @@
 """Draws losses and held-out metrics over the steps."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 NOT_CURVES = ("step", "tokens_per_second", "seconds")
 
 
-def draw(lines: Sequence[dict[str, Any]]) -> bytes:
+def draw(lines: Sequence[dict[str, Any]], baselines: Mapping[str, float]) -> bytes:
     """A PNG with a panel for every number in the lines of ``metrics.jsonl``.
 
-    What training and evaluation both have, such as a loss, shares a panel.
+    What training and evaluation both have, such as a loss, shares a panel; a baseline is a dashed line there.
     """
     trained: dict[str, list[tuple[int, float]]] = {}
     held_out: dict[str, list[tuple[int, float]]] = {}
@@ -32,6 +32,9 @@ def draw(lines: Sequence[dict[str, Any]]) -> bytes:
         if name in held_out:
             points = zip(*held_out[name], strict=True)
             axes.plot(*points, color="#0b6e4f", linewidth=2, marker="o", markersize=3, label="held out")
+        if name in baselines:
+            axes.axhline(baselines[name], color="#c98f3c", linestyle="--", linewidth=1, label="baseline")
+        if name in held_out or name in baselines:
             axes.legend(frameon=False)
         axes.set_title(name.replace("_", " "), loc="left", fontsize=10)
         axes.set_xlabel("step")

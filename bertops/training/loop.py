@@ -33,6 +33,7 @@ def train(
     *,
     evaluate: Evaluate | None = None,
     save_model: Callable[[Path], None] | None = None,
+    baselines: Mapping[str, float] | None = None,
     card: tuple[str, str] = ("A model trained with bertops", ""),
     quiet: bool = False,
 ) -> Outcome:
@@ -52,6 +53,7 @@ def train(
         evaluate: gives held-out numbers; called in every process, in evaluation mode and without gradients.
             See :func:`measure`.
         save_model: fills a folder with the final model; called in the main process.
+        baselines: what to draw beside a number of the same name, such as a loss that takes no learning.
         card: title and text of the model card.
         quiet: show no progress.
 
@@ -60,6 +62,7 @@ def train(
         FloatingPointError: a loss is not finite; the last checkpoint is from before that.
     """
     accelerator, plan, folder = run.accelerator, run.plan, run.folder
+    folder.baselines = dict(baselines or {})
     with stop_signal() as stop:
         module = accelerator.prepare(objective)
         state = TrainingState(objective, plan.optimizer.build(objective), stream)

@@ -20,7 +20,7 @@ class Objective(nn.Module):
     checkpoints: the recipe builds them anew.
     """
 
-    weights: Mapping[str, float]
+    weights: Mapping[str, float]  # by the names of the losses
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """What each sum of ``forward`` is over, by the same names, and ``tokens``, the batch's real ones.

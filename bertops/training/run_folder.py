@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bertops._files import write_whole
+from bertops._files import whole_folder, write_whole
 from bertops.training import curves
 from bertops.training.checkpoint import checkpoint_steps
 
@@ -42,6 +42,7 @@ class RunFolder:
     def __init__(self, path: Path, config: Mapping[str, Any], *, writes: bool = True) -> None:
         self.path, self.writes = path, writes
         self.metrics: list[dict[str, Any]] = []  # the lines of metrics.jsonl
+        self.baselines: dict[str, float] = {}  # by the name of a metric
         if path.exists() and not path.is_dir():
             raise FileExistsError(f"{path} is a file, expected a folder for the run")
         strangers = sorted(file.name for file in path.glob("*")) if path.exists() else []
@@ -113,16 +114,13 @@ class RunFolder:
 
     def draw(self) -> None:
         if self.writes:
-            write_whole(self.path / CURVES, curves.draw(self.metrics))
+            write_whole(self.path / CURVES, curves.draw(self.metrics, self.baselines))
 
     def save_model(self, save: Callable[[Path], None]) -> None:
         """``save`` fills a folder, which then becomes ``model``, whole."""
-        temporary, final = self.path / f".{MODEL}", self.path / MODEL
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
+        shutil.rmtree(self.path / MODEL, ignore_errors=True)
+        with whole_folder(self.path / MODEL) as temporary:
+            save(temporary)
 
     def write_card(self, title: str, text: str) -> None:
         """``README.md``: what the run is, its last metrics, its configuration and what it ran on."""
@@ -131,6 +129,7 @@ class RunFolder:
         evaluated = [line for line in self.metrics if "evaluation" in line]
         rows = [(f"training {name}", value) for name, value in (trained[-1:] or [{}])[0].items()]
         rows += [(f"held-out {name}", value) for name, value in _last_evaluation(evaluated).items()]
+        rows += [(f"baseline {name}", value) for name, value in self.baselines.items()]
         table = "\n".join(f"| {name} | {_rounded(value)} |" for name, value in rows)
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES if _installed(name))
         card = (

@@ -9,10 +9,11 @@ from bertops.data.augmentation import TangAugmentation
 from bertops.distill.data import Batch, inputs
 from bertops.distill.losses import DistilledBiLSTMLoss, Term
 from bertops.distill.objective import SAMPLES, Distillation, answers, correct
-from bertops.distill.settings import Settings, setting
+from bertops.distill.settings import Settings
 from bertops.distill.work import Work
 from bertops.models import BiLSTMClassifier, BiLSTMConfig
 from bertops.models.bilstm import CHANNELS
+from bertops.pretraining.settings import setting
 from bertops.training import Outcome
 
 

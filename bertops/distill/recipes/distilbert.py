@@ -12,10 +12,11 @@ from bertops.distill.initialize import DISTILBERT_LAYERS
 from bertops.distill.losses import Term
 from bertops.distill.losses.terms import cross_entropy
 from bertops.distill.objective import SAMPLES, TOKENS, Distillation, correct
-from bertops.distill.settings import StudentSettings, setting
+from bertops.distill.settings import StudentSettings
 from bertops.distill.work import Work
 from bertops.ops.kl_div_logits import kl_div_logits
 from bertops.ops.row_pair_losses import cosine_loss
+from bertops.pretraining.settings import setting
 from bertops.training import Outcome
 
 

@@ -10,9 +10,10 @@ from bertops.distill.data import Batch, inputs
 from bertops.distill.losses import Term, self_distillation_loss
 from bertops.distill.losses.terms import cross_entropy
 from bertops.distill.objective import SAMPLES, Distillation, correct
-from bertops.distill.settings import Settings, setting
+from bertops.distill.settings import Settings
 from bertops.distill.work import Work
 from bertops.models import FastBert
+from bertops.pretraining.settings import setting
 from bertops.training import Outcome
 
 

@@ -10,8 +10,9 @@ from bertops.distill.capture import capture
 from bertops.distill.data import Batch, inputs
 from bertops.distill.losses import MiniLMLoss, MiniLMv2Loss, Term
 from bertops.distill.objective import TOKENS, Classification, Distillation
-from bertops.distill.settings import StudentSettings, setting
+from bertops.distill.settings import StudentSettings
 from bertops.distill.work import Work
+from bertops.pretraining.settings import setting
 from bertops.training import Outcome
 
 

@@ -11,10 +11,11 @@ from bertops.distill.initialize import init_ends_from_teacher
 from bertops.distill.losses import MobileBertLayerLoss, ProgressiveTransfer, Term
 from bertops.distill.losses.terms import cross_entropy
 from bertops.distill.objective import SAMPLES, TOKENS, Distillation, answers, correct
-from bertops.distill.settings import Settings, setting
+from bertops.distill.settings import Settings
 from bertops.distill.work import Work
 from bertops.models import MobileBertConfig, MobileBertForSequenceClassification
 from bertops.ops.kl_div_logits import kl_div_logits
+from bertops.pretraining.settings import setting
 from bertops.training import Outcome
 
 

@@ -10,9 +10,10 @@ from bertops.distill import layer_map
 from bertops.distill.data import Batch, inputs
 from bertops.distill.losses import PKDLoss, Term
 from bertops.distill.objective import SAMPLES, Distillation, correct
-from bertops.distill.settings import StudentSettings, setting
+from bertops.distill.settings import StudentSettings
 from bertops.distill.work import Work
 from bertops.models.rows import first_tokens
+from bertops.pretraining.settings import setting
 from bertops.training import Outcome
 
 MAPS = {"skip": layer_map.skip, "last": layer_map.last}

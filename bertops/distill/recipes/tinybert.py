@@ -11,8 +11,9 @@ from bertops.distill.capture import capture
 from bertops.distill.data import Batch, inputs
 from bertops.distill.losses import Term, TinyBertLoss, TinyBertPredictionLoss
 from bertops.distill.objective import PAIRS, SAMPLES, TOKENS, Distillation, answers, correct
-from bertops.distill.settings import StudentSettings, setting
+from bertops.distill.settings import StudentSettings
 from bertops.distill.work import Work
+from bertops.pretraining.settings import setting
 from bertops.training import Outcome
 
 

@@ -1,0 +1,83 @@
+"""What a pretraining run can be told; the defaults fit two CPU cores and a few minutes."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bertops.training import Plan
+
+
+def setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Sizes and rates that RoBERTa and ALBERT have in common; each field says what it is in its ``help``.
+
+    Raises:
+        ValueError: ``masking`` is unknown, or ``held_out`` is no share.
+    """
+
+    vocab_size: int = setting(8000, "of the tokenizer that is trained on the text")
+    length: int = setting(128, "most tokens of a sequence, special ones included")
+    hidden_size: int = setting(256, "width of the layers")
+    layers: int = setting(4, "number of layers")
+    heads: int = setting(4, "attention heads")
+    intermediate_size: int = setting(1024, "width of the feed-forward")
+    dropout: float = setting(0.1, "of embeddings, attention and feed-forward")
+    masking: str = setting("dynamic", "dynamic: new masks every epoch; static: those of the first one")
+    mask_prob: float = setting(0.15, "share of the tokens to predict")
+    steps: int = setting(3000, "updates of the parameters")
+    batch_size: int = setting(32, "sequences of a micro-batch in each process")
+    accumulation: int = setting(1, "micro-batches of a step")
+    learning_rate: float = setting(1e-3, "peak, after the warm-up")
+    warmup: float = setting(0.06, "share of the steps over which the rate rises")
+    weight_decay: float = setting(0.01, "of matrices")
+    bf16: bool = setting(False, "run in bfloat16 where that is safe (autocast)")
+    held_out: float = setting(0.05, "share of the documents that only the evaluation sees")
+    evaluate_every: int = setting(200, "steps between evaluations")
+    checkpoint_every: int = setting(200, "steps between checkpoints")
+    log_every: int = setting(20, "steps between lines of metrics.jsonl")
+    seed: int = setting(0, "of the split, the order, the masks, the start and dropout")
+
+    def __post_init__(self) -> None:
+        if self.masking not in ("dynamic", "static"):
+            raise ValueError(f"masking must be dynamic or static, got {self.masking!r}")
+        for name in ("held_out", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
+
+    def plan(self) -> "Plan":
+        """RoBERTa's optimizer and schedule: Adam with beta2 = 0.98, linear warm-up and decay (appendix B)."""
+        from bertops.training import AdamW, Plan  # needs accelerate, which the command line may lack
+
+        optimizer = AdamW(
+            learning_rate=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.98), eps=1e-6
+        )
+        return Plan(
+            steps=self.steps,
+            optimizer=optimizer,
+            warmup=int(self.warmup * self.steps),
+            accumulation=self.accumulation,
+            bf16=self.bf16,
+            log_every=self.log_every,
+            evaluate_every=self.evaluate_every,
+            checkpoint_every=self.checkpoint_every,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobertaSettings(Settings):
+    """RoBERTa's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlbertSettings(Settings):
+    """ALBERT's: no dropout, as in its version 2."""
+
+    dropout: float = setting(0.0, "of embeddings, attention and feed-forward")
+    embedding_size: int = setting(128, "width of the tables")
+    share: str = setting("all", "what the layers have in common: all, attention, ffn or none")
+    ngram: int = setting(3, "longest run of words masked together")
