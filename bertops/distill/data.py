@@ -126,7 +126,7 @@ def inputs(model: Any, batch: Batch) -> dict[str, Any]:
     if getattr(model.config, "pair", False):  # a BiLSTM reads the two texts apart
         second = batch["token_type_ids"] == 1
         return {"input_ids": ids, "mask": mask & ~second, "pair_ids": ids, "pair_mask": mask & second}
-    given = {"input_ids": ids, "mask": mask}
+    given: dict[str, Any] = {"input_ids": ids, "mask": mask}
     if isinstance(model, Pretrained):
         given["unpad"] = len(mask) > 1
     if "token_type_ids" in batch and getattr(model.config, "type_vocab_size", 0) > 1:

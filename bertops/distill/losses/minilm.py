@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from bertops.distill.capture import Tap
-from bertops.distill.losses.terms import Term, count_head_rows, count_tokens
-from bertops.ops.attention_kl import attention_kl
+from bertops.distill.losses.terms import Term, attention_distributions, count_head_rows, count_tokens
 from bertops.ops.relation_kl import relation_kl
 
 RELATIONS = ("q", "k", "v")
@@ -27,23 +26,11 @@ class MiniLMLoss(nn.Module):
 
     def forward(self, tap_s: Tap, tap_t: Tap) -> dict[str, Term]:
         """Taps of :func:`bertops.capture`, of the last layers; the terms are ``attention`` and ``value``."""
-        count = count_head_rows(tap_s)
-        given = tap_s.window is None and tap_t.window is None
-        attention = attention_kl(
-            tap_s.q,
-            tap_s.k,
-            tap_t.q,
-            tap_t.k,
-            tap_s.mask,
-            cu_seqlens=tap_s.cu_seqlens,
-            scale_s=tap_s.scale,
-            scale_t=tap_t.scale,
-            lse_s=tap_s.lse if given else None,
-            lse_t=tap_t.lse if given else None,
-            reduction="sum",
-        )
         value = relation_kl(tap_s.v, tap_t.v, tap_s.mask, cu_seqlens=tap_s.cu_seqlens, reduction="sum")
-        return {"attention": Term(attention, count), "value": Term(value, count)}
+        return {
+            "attention": attention_distributions(tap_s, tap_t),
+            "value": Term(value, count_head_rows(tap_s)),
+        }
 
 
 class MiniLMv2Loss(nn.Module):

@@ -9,12 +9,11 @@ from bertops.distill.losses.distilbert import Decoder
 from bertops.distill.losses.terms import (
     IGNORED_LABEL,
     Term,
-    count_head_rows,
+    attention_distributions,
     count_tokens,
     cross_entropy,
     masked_lm,
 )
-from bertops.ops.attention_kl import attention_kl
 from bertops.ops.linear_kl_div import linear_kl_div
 from bertops.ops.row_pair_losses import feature_map_transfer
 
@@ -63,20 +62,7 @@ class MobileBertLayerLoss(nn.Module):
             name: Term(total, tokens, weight)
             for (name, weight), total in zip(self.weights.items(), totals, strict=True)
         }
-        attention = attention_kl(
-            tap_s.q,
-            tap_s.k,
-            tap_t.q,
-            tap_t.k,
-            tap_s.mask,
-            cu_seqlens=tap_s.cu_seqlens,
-            scale_s=tap_s.scale,
-            scale_t=tap_t.scale,
-            lse_s=tap_s.lse,
-            lse_t=tap_t.lse,
-            reduction="sum",
-        )
-        return {**terms, "attention": Term(attention, count_head_rows(tap_s), self.attention)}
+        return {**terms, "attention": attention_distributions(tap_s, tap_t, self.attention)}
 
 
 class MobileBertPretrainingLoss(nn.Module):

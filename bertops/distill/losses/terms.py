@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from bertops.distill.capture import Tap
 from bertops.ops import _pairs
+from bertops.ops.attention_kl import attention_kl
 
 IGNORED_LABEL = -100
 
@@ -55,6 +56,25 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
     """
     rows = labels != IGNORED_LABEL
     return cross_entropy(F.linear(hidden[rows], weight, bias), labels[rows], share)
+
+
+def attention_distributions(tap_s: Tap, tap_t: Tap, weight: float = 1.0) -> Term:
+    """KL between the attention distributions of two layers with one number of heads."""
+    given = tap_s.window is None and tap_t.window is None  # else lse is not over all keys
+    total = attention_kl(
+        tap_s.q,
+        tap_s.k,
+        tap_t.q,
+        tap_t.k,
+        tap_s.mask,
+        cu_seqlens=tap_s.cu_seqlens,
+        scale_s=tap_s.scale,
+        scale_t=tap_t.scale,
+        lse_s=tap_s.lse if given else None,
+        lse_t=tap_t.lse if given else None,
+        reduction="sum",
+    )
+    return Term(total, count_head_rows(tap_s), weight)
 
 
 def count_tokens(hidden: Tensor, mask: Tensor | None) -> Tensor | int:
