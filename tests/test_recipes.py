@@ -287,6 +287,14 @@ def test_teacher_without_a_head(places, tmp_path, capsys):
     assert "has no classifier, only an encoder: fine-tune it first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_damaged_teacher(places, tmp_path, capsys, file):
+    folder = write_teacher(tmp_path / "teacher")
+    (folder / file).write_bytes((folder / file).read_bytes()[:-9])
+    assert distill(places, "pkd", tmp_path / "out", "--teacher", folder) == 2
+    assert f"{folder / file} is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("labels", ["a\nb\nc\n", "positive\nnegative\n"])
 def test_labels_of_teacher_and_task_differ(places, tmp_path, capsys, labels):
     assert finetune(places, tmp_path / "teacher") == 0

@@ -19,7 +19,7 @@ from bertops.early_exit.runtime import (
 )
 from bertops.models.albert import AlbertModel
 from bertops.models.bert import BertModel
-from bertops.models.checkpoint import CONFIG, read_json, resolve_folder
+from bertops.models.checkpoint import CONFIG, open_tensors, read_json, resolve_folder
 from bertops.models.config import config_from_hf
 from bertops.models.encoder import Encoder, initialize
 from bertops.models.mobilebert import MobileBertModel
@@ -171,15 +171,13 @@ class FastBert(nn.Module):
         Raises:
             FileNotFoundError, ValueError: files are missing or do not fit; says which.
         """
-        from safetensors import safe_open
-
         folder = resolve_folder(folder_or_hub_id)
         if not (folder / EXITS).exists():
             raise FileNotFoundError(f"{folder} has no {EXITS}")
         config = config_from_hf(read_json(folder / CONFIG))
         encoder_class = next(cls for cls in ENCODERS if isinstance(config, cls.config_class))
         encoder = encoder_class.from_pretrained(folder)
-        with safe_open(folder / EXITS, framework="pt") as file:
+        with open_tensors(folder / EXITS) as file:
             exits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
             num_heads = int(file.metadata()["num_heads"])
         labels, head_size = exits["teacher.classifier.weight"].shape
