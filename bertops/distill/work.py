@@ -127,34 +127,26 @@ class Work:
         """
         self._run = self._stack.enter_context(Run(self.out, plan, self._config("last"), cpu=self.cpu))
 
-    def stage(
-        self, name: str, objective: Distillation, plan: Plan, rows: Rows | None = None, *, model: Any = None
-    ) -> None:
-        """Trains ``objective`` in ``out/stages/name``, or reads what it came to.
-
-        Args:
-            rows: the task's texts by default.
-            model: what to write; the objective's student by default.
-        """
+    def stage(self, name: str, objective: Distillation, plan: Plan, rows: Rows | None = None) -> None:
+        """Trains ``objective`` in ``out/stages/name`` on ``rows``, or reads what it came to."""
         with Run(self.out / STAGES / name, plan, self._config(name), cpu=self.cpu) as run:
-            self._train(run, objective, rows, model, f"{self.recipe}, {name}")
+            self._train(run, objective, rows, f"{self.recipe}, {name}")
 
-    def last_stage(self, objective: Distillation, rows: Rows | None = None, *, model: Any = None) -> Outcome:
+    def last_stage(self, objective: Distillation, rows: Rows | None = None) -> Outcome:
         """The same in ``out``, with the plan that it was opened with."""
         assert self._run is not None
-        return self._train(self._run, objective, rows, model, self.recipe)
+        return self._train(self._run, objective, rows, self.recipe)
 
-    def _train(self, run: Run, objective: Distillation, rows: Rows | None, model: Any, title: str) -> Outcome:
-        model, rows = model or objective.student, self.texts if rows is None else rows
+    def _train(self, run: Run, objective: Distillation, rows: Rows | None, title: str) -> Outcome:
+        student, rows = objective.student, self.texts if rows is None else rows
+        labels = self.task.labels
         outcome = train(
             run,
             objective.train(),
             ClassificationStream(rows, self.settings.batch_size, self.settings.seed),
             evaluate=lambda accelerator, module: measure(accelerator, module, self.dev_batches),
-            save_model=lambda folder: classifiers.save_classifier(
-                model, folder, self.task.labels, self.folder
-            ),
-            card=(f"{self.task.name}: {title}", self._describe(model, rows)),
+            save_model=lambda folder: classifiers.save_classifier(student, folder, labels, self.folder),
+            card=(f"{self.task.name}: {title}", self._describe(student, rows)),
             quiet=self.quiet,
         )
         if not outcome.finished:
