@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from bertops import cli
-from bertops.models import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from bertops.models import BertConfig, BertForMaskedLM, BertForSequenceClassification, MobileBertConfig
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 GOOD, BAD = ["good", "fine", "bright", "warm"], ["bad", "dull", "cold", "weak"]
@@ -22,6 +22,21 @@ CONFIG = BertConfig(
     num_attention_heads=3,
     intermediate_size=32,
     max_position_embeddings=32,
+)
+IB_BERT = MobileBertConfig(
+    vocab_size=CONFIG.vocab_size,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=32,
+    max_position_embeddings=32,
+    embedding_size=16,
+    intra_bottleneck_size=36,
+    key_query_shared_bottleneck=False,
+    num_feedforward_networks=1,
+    normalization_type="layer_norm",
+    hidden_act="gelu_new",
+    pooler=True,
 )
 SHORT = ["--cpu", "--quiet", "--max-length", "16", "--batch-size", "8", "--train-texts", "32"]
 OFTEN = ["--log-every", "1", "--evaluate-every", "3", "--checkpoint-every", "2"]

@@ -15,9 +15,9 @@ import torch
 import small_task
 from bertops import models
 from bertops.distill.data import ClassificationStream
-from bertops.models import MobileBertConfig, MobileBertForSequenceClassification
+from bertops.models import MobileBertForSequenceClassification
 from bertops.models.checkpoint import read_tensors
-from small_task import CONFIG, OFTEN, SHORT, metrics, run, write_model, write_teacher
+from small_task import CONFIG, IB_BERT, OFTEN, SHORT, metrics, run, write_model, write_teacher
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,21 +31,6 @@ RECIPES = {
     "fastbert": ["--finetune-steps", "4", "--head-size", "8"],
     "mobilebert": ["--layer-steps", "3", "--bottleneck", "12", "--feed-forward", "16", "--stacked", "2"],
 }
-IB_BERT = MobileBertConfig(
-    vocab_size=CONFIG.vocab_size,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    intermediate_size=32,
-    max_position_embeddings=32,
-    embedding_size=16,
-    intra_bottleneck_size=36,
-    key_query_shared_bottleneck=False,
-    num_feedforward_networks=1,
-    normalization_type="layer_norm",
-    hidden_act="gelu_new",
-    pooler=True,
-)
 
 
 @pytest.fixture(scope="module")
