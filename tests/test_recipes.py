@@ -328,7 +328,7 @@ def test_options_from_a_file_and_flags_win(places, tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text(
         f"model: {places['pretrained']}\ndata: {places['data']}\nout: {tmp_path / 'no'}\n"
-        "max-length: 16\nbatch_size: 4\nsteps: 2\nlearning_rate: 0.001\n"
+        "max-length: 16\nbatch_size: 4\nsteps: 2\nlearning_rate: 0.001\ncpu: true\nquiet: true\n"
     )
     assert (
         run("finetune", "--config", file, "--out", tmp_path / "out", "--steps", "3", "--cpu", "--quiet") == 0

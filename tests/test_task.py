@@ -82,6 +82,8 @@ def fake_datasets(splits, asked):
 
     def load_dataset(*name):
         asked.append(name)
+        if name[0] == "owner":
+            raise FileNotFoundError("no data set owner")
         return {split: Column(rows, features) for split in splits}
 
     module = ModuleType("datasets")
@@ -95,6 +97,14 @@ def test_hub_name_with_configuration_and_pairs(monkeypatch):
     task = read_task("glue/mnli")
     assert asked == [("glue", "mnli")] and task.labels == ["no", "yes"]
     assert task.train == TaskTexts(["a", "b"], [1, 0], ["c", "d"])
+
+
+def test_hub_name_with_an_owner(monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, "datasets", fake_datasets(["train", "test"], asked))
+    assert len(read_task("owner/words").dev) == 2 and asked == [("owner", "words"), ("owner/words",)]
+    read_task("words")
+    assert asked[2:] == [("words",)]
 
 
 def test_hub_data_without_a_split_to_measure_on(monkeypatch):

@@ -60,8 +60,8 @@ def read_task(data: str | os.PathLike[str]) -> Task:
     Args:
         data: a folder with ``train.tsv`` and ``dev.tsv`` as :func:`bertops.data.read_tsv` takes them and,
             perhaps, ``labels.txt``, a name a line; without it classes are called as transformers does,
-            ``LABEL_0`` and so on. Or the name of a data set and, behind a slash, of its configuration, such
-            as ``glue/sst2``, which the package ``datasets`` fetches: its splits ``train`` and ``validation``
+            ``LABEL_0`` and so on. Or the name of a data set, perhaps with its owner before it and, behind a
+            slash, its configuration, such as ``glue/sst2``, which the package ``datasets`` fetches: its splits ``train`` and ``validation``
             (``validation_matched``, or ``test`` where it has no other), its class labels and its one or two
             columns of text.
 
@@ -108,9 +108,11 @@ def read_hub(name: str) -> Task:
         raise ImportError(
             f"no folder {name}; to read the data set of that name from the hub: pip install datasets"
         ) from error
-    # owner/name/config, name/config, or name alone; owner/name is told by the hub
-    path, _, config = name.rpartition("/") if "/" in name else (name, "", "")
-    splits = datasets.load_dataset(path, config) if config else datasets.load_dataset(path)
+    path, _, config = name.rpartition("/")
+    try:
+        splits = datasets.load_dataset(*((path, config) if path else (config,)))
+    except FileNotFoundError:  # the hub has no such data set: the name may be owner/name
+        splits = datasets.load_dataset(name)
     dev = next((split for split in DEV_SPLITS if split in splits), None)
     if "train" not in splits or dev is None:
         raise ValueError(

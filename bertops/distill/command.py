@@ -62,8 +62,8 @@ def add_run_options(parser: argparse.ArgumentParser, settings: type[Settings]) -
     parser.add_argument("--data", default=unset, help=DATA)
     parser.add_argument("--out", default=unset, help=OUT)
     parser.add_argument("--config", metavar="FILE.yaml", type=Path, help="options by name; flags win")
-    parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    for flag, text in (("--cpu", "stay on the CPU where there is a GPU"), ("--quiet", "show no progress")):
+        parser.add_argument(flag, action="store_true", default=unset, help=text)
     for entry in fields(settings):
         flag, text = (
             "--" + entry.name.replace("_", "-"),
@@ -81,9 +81,8 @@ def finetune(options: argparse.Namespace) -> int:
         from bertops.distill.finetune import finetune
         from bertops.distill.work import Work
 
-        settings = settings_of(FinetuneSettings, given, ("model", "data", "out"))
-        places = given["model"], given["data"], given["out"]
-        with Work("finetune", *places, settings, cpu=options.cpu, quiet=options.quiet) as work:
+        settings = settings_of(FinetuneSettings, given, "model")
+        with Work("finetune", given["model"], settings=settings, **places_of(given)) as work:
             finetune(work, settings)
 
     return attempt("finetune", NEEDS, lambda: start(given_options(options)))
@@ -102,11 +101,9 @@ def distill(options: argparse.Namespace) -> int:
             "--teacher", default=argparse.SUPPRESS, help="folder or hub id of a fine-tuned classifier"
         )
         add_run_options(parser, recipe.Options)
-        flags = parser.parse_args(options.options)
-        given = given_options(flags)
-        settings = settings_of(recipe.Options, given, ("teacher", "data", "out"))
-        places = given["teacher"], given["data"], given["out"]
-        with Work(system, *places, settings, cpu=flags.cpu, quiet=flags.quiet) as work:
+        given = given_options(parser.parse_args(options.options))
+        settings = settings_of(recipe.Options, given, "teacher")
+        with Work(system, given["teacher"], settings=settings, **places_of(given)) as work:
             recipe.distill(work, settings)
 
     return attempt(f"distill {system}", NEEDS, start)
@@ -168,17 +165,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
-def settings_of(kind: type[Settings], given: dict[str, Any], places: tuple[str, ...]) -> Any:
-    """Raises ValueError where one of ``places`` is not given, or an option is unknown; names it."""
+def settings_of(kind: type[Settings], given: dict[str, Any], model: str) -> Any:
+    """Raises ValueError where ``model``, data or out is not given, or an option is unknown; names it."""
+    places = (model, "data", "out")
     missing = [name for name in places if given.get(name) is None]
     if missing:
         raise ValueError(f"--{missing[0]} must be given, as a flag or in the file of --config")
     names = {entry.name for entry in fields(kind)}
-    flags = {"command", "run", "config", "cpu", "quiet"}
-    unknown = sorted(given.keys() - names - flags - set(places))
+    unknown = sorted(given.keys() - names - {*places, "cpu", "quiet", "command", "run", "config"})
     if unknown:
         raise ValueError(f"unknown option {unknown[0]}; there are {', '.join(sorted(names))}")
     return kind(**{name: value for name, value in given.items() if name in names})
+
+
+def places_of(given: dict[str, Any]) -> dict[str, Any]:
+    """What a run takes beside model and settings."""
+    shown = {name: bool(given.get(name, False)) for name in ("cpu", "quiet")}
+    return {"data": given["data"], "out": given["out"], **shown}
 
 
 def table(found: dict[str, Any]) -> str:
