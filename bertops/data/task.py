@@ -61,9 +61,9 @@ def read_task(data: str | os.PathLike[str]) -> Task:
         data: a folder with ``train.tsv`` and ``dev.tsv`` as :func:`bertops.data.read_tsv` takes them and,
             perhaps, ``labels.txt``, a name a line; without it classes are called as transformers does,
             ``LABEL_0`` and so on. Or the name of a data set, perhaps with its owner before it and, behind a
-            slash, its configuration, such as ``glue/sst2``, which the package ``datasets`` fetches: its splits ``train`` and ``validation``
-            (``validation_matched``, or ``test`` where it has no other), its class labels and its one or two
-            columns of text.
+            slash, its configuration, such as ``glue/sst2``, which the package ``datasets`` fetches: its
+            splits ``train`` and ``validation`` (``validation_matched``, or ``test`` where it has no other),
+            its class labels and its one or two columns of text.
 
     Raises:
         FileNotFoundError: the folder, or one of its files, is missing.
