@@ -71,12 +71,16 @@ def write_tokenizer(folder: Path, vocabulary=VOCABULARY) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
-def write_model(folder: Path, model) -> Path:
-    """With every parameter far enough from 0 for answers to differ."""
+def far_from_zero(model):
+    """With every parameter random, so that answers and losses differ."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(folder)
+    return model
+
+
+def write_model(folder: Path, model) -> Path:
+    far_from_zero(model).save_pretrained(folder)
     write_tokenizer(folder)
     return folder
 

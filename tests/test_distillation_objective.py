@@ -18,7 +18,7 @@ from bertops.models import (
     FastBert,
     MobileBertForSequenceClassification,
 )
-from small_task import CONFIG, IB_BERT
+from small_task import CONFIG, IB_BERT, far_from_zero
 
 LENGTHS = torch.tensor([7, 4, 1, 9])
 MASK = torch.arange(9) < LENGTHS[:, None]
@@ -34,9 +34,12 @@ def batch(rows=slice(None)):
     }
 
 
+def bert(layers=4):
+    return far_from_zero(BertForSequenceClassification(replace(CONFIG, num_hidden_layers=layers)))
+
+
 def objectives():
-    teacher, ib = BertForSequenceClassification(CONFIG), MobileBertForSequenceClassification(IB_BERT)
-    small = BertForSequenceClassification(replace(CONFIG, num_hidden_layers=2))
+    teacher, ib, small = bert(), far_from_zero(MobileBertForSequenceClassification(IB_BERT)), bert(2)
     narrow = mobilebert.narrow_student(ib, mobilebert.Options(bottleneck=12, feed_forward=16, stacked=2))
     words = BiLSTMClassifier(BiLSTMConfig(vocab_size=CONFIG.vocab_size, embedding_size=6, hidden_size=4))
     exits = FastBert(BertModel(CONFIG), 2, head_size=8)
@@ -120,8 +123,7 @@ def test_tinybert_maps_two_of_four_layers_to_the_second_and_the_last():
 
 def test_pkd_compares_first_tokens_of_the_mapped_layers():
     for name, layer in (("skip", 2), ("last", 3)):
-        teacher = BertForSequenceClassification(CONFIG)
-        student = BertForSequenceClassification(replace(CONFIG, num_hidden_layers=2))
+        teacher, student = bert(), bert(2)
         objective = pkd.PatientDistillation(student, teacher, pkd.Options(map=name)).eval()
         first_s, first_t = (
             run_all(student).hidden_states[1][:, 0],
@@ -140,8 +142,7 @@ def test_minilm_takes_the_teachers_layer_and_the_students_last():
         scores = v @ v.transpose(-1, -2) / v.shape[-1] ** 0.5
         return scores.masked_fill(~MASK[:, None, None], -1e9).log_softmax(-1)
 
-    teacher = BertForSequenceClassification(CONFIG)
-    student = BertForSequenceClassification(replace(CONFIG, num_hidden_layers=2))
+    teacher, student = bert(), bert(2)
     objective = minilm.Relations(student, teacher, minilm.Options(teacher_layer=3)).eval()
     log_s, log_t = value_relations(student, 2), value_relations(teacher, 3)
     rows = (log_t.exp() * (log_t - log_s)).sum(-1).transpose(1, 2)  # (B, N, heads)
