@@ -18,7 +18,9 @@ PY := $(VENV)/bin/python
 CUDA_PY := $(abspath $(CUDA_VENV))/bin/python
 BUILD_TOOLS := "setuptools>=77" wheel ninja "pybind11>=2.13"
 TRITON_TESTS := tests/test_attention.py tests/test_attention_with_scores.py tests/test_pair_losses.py \
-	tests/test_attention_kl.py tests/test_relation_kl.py tests/test_attention_score_mse.py
+	tests/test_attention_kl.py tests/test_relation_kl.py tests/test_attention_score_mse.py \
+	tests/test_factorized_embedding.py tests/test_row_pairs.py tests/test_row_pair_losses.py \
+	tests/test_kl_div_logits.py tests/test_linear_kl_div.py tests/test_projected_mse.py
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
 # pytest's exit 5: nothing was collected, which a selection may rightly do; pytest says so itself.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.shapes import HeadInputs, Inputs
+from bench.shapes import Inputs
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -21,7 +21,7 @@ Reference = Callable[..., Sequence[Tensor]]  # the tensors and what goes with th
 
 @dataclass(frozen=True)
 class Truth:
-    """Outputs, then gradients if wanted: the reference in fp64, and in the inputs' dtype in two orders.
+    """Outputs, then gradients if wanted: the reference in fp64, and in the inputs' dtype in up to two orders.
 
     The oracle of a loss is None where it would take too long.
     """
@@ -37,6 +37,8 @@ def truth(
     """``names``: of the outputs, then of the leaves' gradients; ``upstream``: the outputs' gradients."""
     oracle = run_in_groups(reference, inputs, upstream, gradients, torch.float64)
     forwards = run_in_groups(reference, inputs, upstream, gradients)
+    if not inputs.reversible:
+        return Truth(list(oracle), [forwards], list(names))
     with_head_dim = [name == "out" or name.startswith("grad") for name in names]
     flipped = [g.flip(-1) if flip else g for g, flip in zip(upstream, with_head_dim, strict=False)]
     backwards = run_in_groups(reference, inputs.map(lambda x: x.flip(-1)), flipped, gradients)
@@ -47,7 +49,7 @@ def truth(
 def loss_truth(
     reference: Reference,
     names: Sequence[str],
-    inputs: HeadInputs,
+    inputs: Inputs,
     part: Callable[[Tensor], Tensor],
     upstream: Tensor,
     gradients: bool,
@@ -60,7 +62,7 @@ def loss_truth(
     part_rows = rows.oracle[0]
     assert part_rows is not None
     loss = None
-    if upstream.shape[:2].numel() * inputs.length**2 <= LOSS_PAIRS:
+    if inputs.map_elements <= LOSS_PAIRS:
         all_rows = run_in_groups(reference, inputs, [], False, torch.float64)[0]
         loss = (all_rows * upstream).sum()
     eagers = []

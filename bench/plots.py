@@ -23,10 +23,12 @@ COLORS = {
     "SDPA + scores": "#4a76b8",
     "FlexAttention": "#a65a8c",
     "eager Gram": "#a65a8c",
+    "Liger": "#a65a8c",
     "eager + argmax": "#4a76b8",
     "torch.distributions": "#4a76b8",
     "index_select": "#9aa5b1",
     "boolean index": "#4a76b8",
+    "cosine_similarity": "#4a76b8",
 }
 TIMES = "\N{MULTIPLICATION SIGN}"
 INK, QUIET = "#1d2733", "#66727f"

@@ -42,21 +42,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="folders of finished runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    settings = RobertaSettings(
-        length=64,
-        hidden_size=128,
-        layers=2,
-        heads=2,
-        intermediate_size=512,
-        dropout=0.0,
-        vocab_size=4000,
-        steps=options.steps,
-        learning_rate=2e-3,
-        warmup=0.1,
-        held_out=0.25,
-        batch_size=16,
-        evaluate_every=100,
-    )
+    settings = RobertaSettings(steps=options.steps, held_out=0.25, log_every=20, evaluate_every=100)
     options.out.mkdir(parents=True, exist_ok=True)
     text = options.out / "text.txt"
     if not text.exists():

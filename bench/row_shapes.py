@@ -9,6 +9,8 @@ from bench.shapes import Case, Inputs, Mode, Scope, Takes
 
 LOGITS = Takes(("logits",))
 HIDDEN = Takes(("hidden",))
+LOGITS_PAIR = Takes(("logits",), "t")
+HIDDEN_PAIR = Takes(("hidden",), "t")
 SPREAD = 2.0  # of logits: about half of the rows of two classes are less certain than THRESHOLD
 THRESHOLD = 0.5
 
@@ -26,6 +28,24 @@ class LogitsCase(Case):
         generator = torch.Generator().manual_seed(0)
         logits = SPREAD * torch.randn(self.batch, self.classes, generator=generator)
         return Inputs((logits.to(device, self.dtype),), (), self.title)
+
+
+@dataclass(frozen=True)
+class RowPairCase(Case):
+    """Rows of a student and of its teacher: logits, or hidden states of all tokens of a batch."""
+
+    rows: int
+    width: int
+
+    @property
+    def sizes(self) -> str:
+        return f"R{self.rows}-W{self.width}"
+
+    def draw(self, takes: Takes, device: torch.device) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        pair = [SPREAD * torch.randn(self.rows, self.width, generator=generator) for _ in range(2)]
+        student, teacher = (x.to(device, self.dtype) for x in pair)
+        return Inputs((student,), (teacher,), self.title)
 
 
 @dataclass(frozen=True)
@@ -106,10 +126,27 @@ COMPACT_FULL = [
     for batch, length in ((8, 128), (64, 128), (16, 512))
 ]
 
+ROW_PAIR_QUICK = [RowPairCase(16384, 768, modes=BOTH, compiled=True)]
+ROW_PAIR_FULL = [
+    RowPairCase(rows, width, dtype=dtype, modes=BOTH, compiled=True)
+    for dtype in (torch.float32, torch.bfloat16)
+    for rows, width in ((512, 768), (16384, 312), (16384, 768))
+]
+KL_DIV_LOGITS_QUICK = [RowPairCase(2048, 30522, modes=BOTH, compiled=True)]
+KL_DIV_LOGITS_FULL = [
+    RowPairCase(rows, width, dtype=dtype, modes=BOTH, compiled=True)
+    for dtype in (torch.float32, torch.bfloat16)
+    for rows, width in ((4096, 20), (256, 30522), (2048, 30522), (128, 262144))
+]
+
 CASES: dict[str, dict[Scope, list[Case]]] = {
     "entropy": {"quick": [*ENTROPY_QUICK], "full": [*ENTROPY_FULL]},
     "exit_decision": {"quick": [*EXIT_DECISION_QUICK], "full": [*EXIT_DECISION_FULL]},
     "compact": {"quick": [*COMPACT_QUICK], "full": [*COMPACT_FULL]},
+    "cosine_loss": {"quick": [*ROW_PAIR_QUICK], "full": [*ROW_PAIR_FULL]},
+    "normalized_mse": {"quick": [*ROW_PAIR_QUICK], "full": [*ROW_PAIR_FULL]},
+    "feature_map_transfer": {"quick": [*ROW_PAIR_QUICK], "full": [*ROW_PAIR_FULL]},
+    "kl_div_logits": {"quick": [*KL_DIV_LOGITS_QUICK], "full": [*KL_DIV_LOGITS_FULL]},
 }
 
 

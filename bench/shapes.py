@@ -59,6 +59,11 @@ class Inputs:
         return False
 
     @property
+    def reversible(self) -> bool:
+        """Whether the reference with every last dim backwards gives its results backwards."""
+        return True
+
+    @property
     def map_elements(self) -> int:
         """Of one map of all heads."""
         return 0

@@ -1,5 +1,7 @@
 """What every op must do at least, counted over the real tokens alone."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from bench.limits import Work
@@ -111,6 +113,39 @@ def compact(inputs: HiddenInputs, mode: Mode) -> Work:
     if cu_seqlens is None:
         return Work(0.0, 0.0, 2 * bytes_of(hidden[0]) * int(stay.sum()))
     return Work(0.0, 0.0, 2 * bytes_of(hidden[0, 0]) * int(cu_seqlens.diff()[stay].sum()))
+
+
+def row_pair_loss(inputs: Inputs, mode: Mode) -> Work:
+    """Reads student and teacher, in the backward once more; writes the gradient."""
+    moved = inputs.tensors if mode == "forward" else (*inputs.tensors, *inputs.tensors, *inputs.leaves)
+    return Work(0.0, 0.0, sum(map(bytes_of, moved)))
+
+
+def kl_div_logits(inputs: Inputs, mode: Mode) -> Work:
+    """As ``row_pair_loss``, with an exp an element of both models, in the backward once more."""
+    exps = sum(x.numel() for x in inputs.tensors) * (1 if mode == "forward" else 2)
+    return replace(row_pair_loss(inputs, mode), exps=float(exps))
+
+
+def linear_kl_div(inputs: Inputs, mode: Mode) -> Work:
+    """Forward: the logits of both models and an exp of each. With the backward dh and dW more, as gradients
+    can form while the logits are there. Reads all inputs, writes the gradients.
+    """
+    (rows, width), words = inputs.leaves[0].shape, inputs.leaves[1].shape[0]
+    products = 2 * (width + inputs.constants[0].shape[1]) + (0 if mode == "forward" else 4 * width)
+    return Work(products * rows * words, 2 * rows * words, linear_bytes(inputs, mode))
+
+
+def projected_mse(inputs: Inputs, mode: Mode) -> Work:
+    """Forward: the projection. With the backward dh and dW more. Reads all inputs, writes the gradients."""
+    (rows, width), outputs = inputs.leaves[0].shape, inputs.leaves[1].shape[0]
+    products = 2 if mode == "forward" else 6
+    return Work(products * rows * width * outputs, 0, linear_bytes(inputs, mode))
+
+
+def linear_bytes(inputs: Inputs, mode: Mode) -> int:
+    moved = inputs.tensors if mode == "forward" else (*inputs.tensors, *inputs.leaves)
+    return sum(bytes_of(x) for x in moved)
 
 
 def bytes_of(x: Tensor) -> int:

@@ -23,12 +23,12 @@ IMPLEMENTATIONS = {
     "compact": ("cpu", "cuda", "reference"),
     "compact_packed": ("cpu", "cuda", "reference"),
     "factorized_embedding": ("cpu", "triton", "reference"),
-    "linear_kl_div": ("cpu", "triton", "reference"),
-    "projected_mse": ("cpu", "triton", "reference"),
     "cosine_loss": ("cpu", "triton", "reference"),
     "normalized_mse": ("cpu", "triton", "reference"),
     "feature_map_transfer": ("cpu", "triton", "reference"),
     "kl_div_logits": ("cpu", "triton", "reference"),
+    "linear_kl_div": ("cpu", "triton", "reference"),
+    "projected_mse": ("cpu", "triton", "reference"),
 }
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -284,9 +284,46 @@ def _(
     return tuple(grads)
 
 
-# Losses behind a linear layer: hidden states are (M, width), weights (rows, width) as nn.Linear holds them. Rows
-# of the loss (M,), then the gradients of the student's three for the upstream gradient grad_rows, in the dtype of
-# losses; one that is not wanted is empty.
+# Sums of grad_rows (count, E) by ids (count,), which order (count,) sorts: the gradient of a table (rows, E).
+_define(
+    "_embedding_table_grad(Tensor grad_rows, Tensor ids, Tensor order, SymInt rows, int? padding_idx,"
+    " ScalarType dtype) -> Tensor"
+)
+
+
+# Paired rows of student and teacher: x is (B, N, H), rows (losses, B, N), stats (B, N, what the backward
+# needs of a row). The gradient is (B, N, H), contiguous, in the student's dtype.
+ROW_PAIR_LOSSES = {"cosine_loss": (1, 3), "normalized_mse": (1, 3), "feature_map_transfer": (3, 7)}
+_ROW_PAIR = "Tensor hidden_s, Tensor hidden_t, Tensor? mask, float eps"
+_LOGIT_PAIR = "Tensor logits_s, Tensor logits_t, Tensor? mask, float temperature"
+KL_DIV_STATS = 5
+
+for _name in ROW_PAIR_LOSSES:
+    _define(f"{_name}_fwd({_ROW_PAIR}) -> (Tensor, Tensor)")
+    _define(f"{_name}_bwd(Tensor grad_rows, {_ROW_PAIR}, Tensor stats) -> Tensor")
+_define(f"kl_div_logits_fwd({_LOGIT_PAIR}) -> (Tensor, Tensor)")
+_define(f"kl_div_logits_bwd(Tensor grad_rows, {_LOGIT_PAIR}, Tensor stats) -> Tensor")
+
+
+def _register_row_pair_fakes(name: str, losses: int, stats: int) -> None:
+    def forward(x_s, x_t, mask, option):
+        rows = x_s.new_empty((losses, *x_s.shape[:2]), dtype=accumulator_dtype(x_s.dtype))
+        return rows, rows.new_empty((*x_s.shape[:2], stats))
+
+    def backward(grad_rows, x_s, x_t, mask, option, stats):
+        return x_s.new_empty(x_s.shape)
+
+    torch.library.register_fake(f"bertops::{name}_fwd", forward)
+    torch.library.register_fake(f"bertops::{name}_bwd", backward)
+
+
+for _name, _sizes in (*ROW_PAIR_LOSSES.items(), ("kl_div_logits", (1, KL_DIV_STATS))):
+    _register_row_pair_fakes(_name, *_sizes)
+
+
+# Losses behind a linear layer: hidden states are (M, width), weights (rows, width) as nn.Linear holds them.
+# Rows of the loss (M,), then the gradients of the student's three for the upstream gradient grad_rows, in the
+# dtype of losses; one that is not wanted is empty.
 _LINEAR_KL = (
     "Tensor hidden_s, Tensor weight_s, Tensor? bias_s, Tensor hidden_t, Tensor weight_t, Tensor? bias_t,"
     " Tensor? mask, float temperature"
@@ -345,36 +382,6 @@ def _(hidden_s, weight, bias, hidden_t, mask):
 def _(grad_rows, hidden_s, weight, bias, hidden_t, mask, want_hidden, want_weight, want_bias):
     wanted = want_hidden, want_weight, want_bias
     return _loss_of_rows(hidden_s), *_linear_grads((hidden_s, weight, bias), wanted)
-
-
-# Paired rows of student and teacher: x is (B, N, H), rows (losses, B, N), stats (B, N, what the backward needs of
-# a row). The gradient is (B, N, H), contiguous, in the student's dtype.
-ROW_PAIR_LOSSES = {"cosine_loss": (1, 3), "normalized_mse": (1, 3), "feature_map_transfer": (3, 7)}
-_ROW_PAIR = "Tensor hidden_s, Tensor hidden_t, Tensor? mask, float eps"
-_LOGIT_PAIR = "Tensor logits_s, Tensor logits_t, Tensor? mask, float temperature"
-KL_DIV_STATS = 5
-
-for _name in ROW_PAIR_LOSSES:
-    _define(f"{_name}_fwd({_ROW_PAIR}) -> (Tensor, Tensor)")
-    _define(f"{_name}_bwd(Tensor grad_rows, {_ROW_PAIR}, Tensor stats) -> Tensor")
-_define(f"kl_div_logits_fwd({_LOGIT_PAIR}) -> (Tensor, Tensor)")
-_define(f"kl_div_logits_bwd(Tensor grad_rows, {_LOGIT_PAIR}, Tensor stats) -> Tensor")
-
-
-def _register_row_pair_fakes(name: str, losses: int, stats: int) -> None:
-    def forward(x_s, x_t, mask, option):
-        rows = x_s.new_empty((losses, *x_s.shape[:2]), dtype=accumulator_dtype(x_s.dtype))
-        return rows, rows.new_empty((*x_s.shape[:2], stats))
-
-    def backward(grad_rows, x_s, x_t, mask, option, stats):
-        return x_s.new_empty(x_s.shape)
-
-    torch.library.register_fake(f"bertops::{name}_fwd", forward)
-    torch.library.register_fake(f"bertops::{name}_bwd", backward)
-
-
-for _name, _sizes in (*ROW_PAIR_LOSSES.items(), ("kl_div_logits", (1, KL_DIV_STATS))):
-    _register_row_pair_fakes(_name, *_sizes)
 
 
 # What the machine can do at most, for the bench: work on every thread of the device of ``like`` and count it.

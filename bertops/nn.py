@@ -9,7 +9,11 @@ from bertops.ops.attention_kl import attention_kl
 from bertops.ops.attention_score_mse import attention_score_mse
 from bertops.ops.attention_with_scores import attention_with_scores
 from bertops.ops.factorized_embedding import factorized_embedding
+from bertops.ops.kl_div_logits import kl_div_logits
+from bertops.ops.linear_kl_div import linear_kl_div
+from bertops.ops.projected_mse import projected_mse
 from bertops.ops.relation_kl import relation_kl
+from bertops.ops.row_pair_losses import cosine_loss, feature_map_transfer, normalized_mse
 
 
 class Attention(nn.Module):
@@ -236,3 +240,91 @@ class AttentionScoreMSE(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         return attention_score_mse(q_s, k_s, q_t, k_t, mask, cu_seqlens=cu_seqlens, **self.options)
+
+
+class CosineLoss(nn.Module):
+    """:func:`bertops.cosine_loss` with its reduction fixed."""
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, hidden_s: Tensor, hidden_t: Tensor, mask: Tensor | None = None) -> Tensor:
+        return cosine_loss(hidden_s, hidden_t, mask, reduction=self.reduction)
+
+
+class NormalizedMSE(nn.Module):
+    """:func:`bertops.normalized_mse` with its reduction fixed."""
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, hidden_s: Tensor, hidden_t: Tensor, mask: Tensor | None = None) -> Tensor:
+        return normalized_mse(hidden_s, hidden_t, mask, reduction=self.reduction)
+
+
+class FeatureMapTransfer(nn.Module):
+    """:func:`bertops.feature_map_transfer` with its eps and reduction fixed."""
+
+    def __init__(self, *, eps: float = 1e-12, reduction: str = "mean") -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {"eps": eps, "reduction": reduction}
+
+    def forward(
+        self, hidden_s: Tensor, hidden_t: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return feature_map_transfer(hidden_s, hidden_t, mask, **self.options)
+
+
+class KLDivLogits(nn.Module):
+    """:func:`bertops.kl_div_logits` with its temperature and reduction fixed."""
+
+    def __init__(self, *, temperature: float = 1.0, reduction: str = "mean") -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {"temperature": temperature, "reduction": reduction}
+
+    def forward(self, logits_s: Tensor, logits_t: Tensor, mask: Tensor | None = None) -> Tensor:
+        return kl_div_logits(logits_s, logits_t, mask=mask, **self.options)
+
+
+class LinearKLDiv(nn.Module):
+    """:func:`bertops.linear_kl_div` with its temperature and reduction fixed."""
+
+    def __init__(self, *, temperature: float = 1.0, reduction: str = "mean") -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {"temperature": temperature, "reduction": reduction}
+
+    def forward(
+        self,
+        hidden_s: Tensor,
+        weight_s: Tensor,
+        hidden_t: Tensor,
+        weight_t: Tensor,
+        *,
+        bias_s: Tensor | None = None,
+        bias_t: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        inputs: dict[str, Any] = {"bias_s": bias_s, "bias_t": bias_t, "mask": mask}
+        return linear_kl_div(hidden_s, weight_s, hidden_t, weight_t, **inputs, **self.options)
+
+
+class ProjectedMSE(nn.Module):
+    """:func:`bertops.projected_mse` with a projection of its own, which training fits along.
+
+    Args:
+        width_s: of the student's hidden states.
+        width_t: of the teacher's.
+        bias: whether the projection has one.
+        reduction: as of the function.
+    """
+
+    def __init__(self, width_s: int, width_t: int, *, bias: bool = True, reduction: str = "mean") -> None:
+        super().__init__()
+        self.proj = nn.Linear(width_s, width_t, bias=bias)
+        self.reduction = reduction
+
+    def forward(self, hidden_s: Tensor, hidden_t: Tensor, mask: Tensor | None = None) -> Tensor:
+        weight, bias = self.proj.weight, self.proj.bias
+        return projected_mse(hidden_s, hidden_t, weight, bias, mask, reduction=self.reduction)

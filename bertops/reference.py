@@ -141,29 +141,6 @@ def factorized_embedding(
     return F.linear(hidden.to(projection.dtype), projection, projection_bias)
 
 
-def linear_kl_div(hidden_s, weight_s, bias_s, hidden_t, weight_t, bias_t, mask=None, temperature=1.0):
-    """Returns T^2 KL (M,) of every row of the hidden states (M, H); see :func:`bertops.linear_kl_div`."""
-    log_probs_s = _linear(hidden_s, weight_s, bias_s, mask).div(temperature).log_softmax(-1)
-    log_probs_t = _linear(hidden_t, weight_t, bias_t, mask).div(temperature).log_softmax(-1)
-    rows = temperature**2 * (log_probs_t.exp() * (log_probs_t - log_probs_s)).sum(-1)
-    return rows if mask is None else torch.where(mask, rows, 0.0)
-
-
-def projected_mse(hidden_s, weight, bias, hidden_t, mask=None):
-    """Returns the squared differences (M,) of every row, summed over its width; see the public op."""
-    difference = _linear(hidden_s, weight, bias, mask) - _linear(hidden_t, None, None, mask)
-    rows = difference.square().sum(-1)
-    return rows if mask is None else torch.where(mask, rows, 0.0)
-
-
-def _linear(hidden, weight, bias, mask):
-    """(M, rows of the weight) in the dtype of losses; hidden states that are not real count as 0."""
-    if mask is not None:
-        hidden = torch.where(mask[:, None], hidden, 0.0)
-    out = hidden if weight is None else F.linear(hidden, weight, bias)
-    return out.to(accumulator_dtype(hidden.dtype))
-
-
 def cosine_loss(hidden_s, hidden_t, mask=None, eps=1e-12):
     """Returns 1 - cos of every row, 0 where it is not real; see :func:`bertops.cosine_loss`."""
     s, t = (_unit(x, eps) for x in _real_rows(hidden_s, hidden_t, mask))
@@ -177,7 +154,7 @@ def normalized_mse(hidden_s, hidden_t, mask=None, eps=1e-12):
 
 
 def feature_map_transfer(hidden_s, hidden_t, mask=None, eps=1e-12):
-    """Returns (3, ...): MSE of the normalised rows, squared difference of means, |difference of variances|."""
+    """Returns (3, ...): of the normalised rows, of the means and of the variances; see the public op."""
     s, t = _real_rows(hidden_s, hidden_t, mask)
     normed_s, normed_t = (F.layer_norm(x, x.shape[-1:], eps=eps) for x in (s, t))
     rows = (
@@ -213,6 +190,29 @@ def _unit(x, eps):
     """x / |x|, and 0 with gradient 0 for a vector shorter than ``eps``."""
     long = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) >= eps
     return torch.where(long, F.normalize(torch.where(long, x, 1.0), dim=-1, eps=eps), 0.0)
+
+
+def linear_kl_div(hidden_s, weight_s, bias_s, hidden_t, weight_t, bias_t, mask=None, temperature=1.0):
+    """Returns T^2 KL (M,) of every row of the hidden states (M, H); see :func:`bertops.linear_kl_div`."""
+    log_probs_s = _linear(hidden_s, weight_s, bias_s, mask).div(temperature).log_softmax(-1)
+    log_probs_t = _linear(hidden_t, weight_t, bias_t, mask).div(temperature).log_softmax(-1).to(log_probs_s)
+    rows = temperature**2 * (log_probs_t.exp() * (log_probs_t - log_probs_s)).sum(-1)
+    return rows if mask is None else torch.where(mask, rows, 0.0)
+
+
+def projected_mse(hidden_s, weight, bias, hidden_t, mask=None):
+    """Returns the squared differences (M,) of every row, summed over its width; see the public op."""
+    projected = _linear(hidden_s, weight, bias, mask)
+    rows = (projected - _linear(hidden_t, None, None, mask).to(projected)).square().sum(-1)
+    return rows if mask is None else torch.where(mask, rows, 0.0)
+
+
+def _linear(hidden, weight, bias, mask):
+    """(M, rows of the weight) in the dtype of losses; hidden states that are not real count as 0."""
+    if mask is not None:
+        hidden = torch.where(mask[:, None], hidden, 0.0)
+    out = hidden if weight is None else F.linear(hidden, weight, bias)
+    return out.to(accumulator_dtype(hidden.dtype))
 
 
 def default_positions(input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:

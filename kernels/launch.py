@@ -53,6 +53,7 @@ _SM80 = {
     "relation_kl_bwd": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
     "gram_chunks": ((64, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
     "gram_bwd": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+    "embedding_fwd": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
 }
 _SM90 = {
     "attention_fwd": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
@@ -69,6 +70,7 @@ _SM90 = {
     "relation_kl_bwd": ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1)),
     "gram_chunks": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
     "gram_bwd": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+    "embedding_fwd": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
 }
 # Blackwell's tensor cores take no fewer than 64 rows.
 _SM100 = {
@@ -86,6 +88,7 @@ _SM100 = {
     "relation_kl_bwd": ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
     "gram_chunks": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
     "gram_bwd": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+    "embedding_fwd": ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
 }
 # Dropout's random words take registers too: what replaces the entries above for head dims up to 128.
 _DROPOUT = {
@@ -121,6 +124,7 @@ _FP32 = {
     "relation_kl_bwd": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     "gram_chunks": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1)),
     "gram_bwd": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+    "embedding_fwd": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
 }
 
 
@@ -156,7 +160,9 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 _VARYING = ["N", "H", "num_sequences", "scale", "window", "threshold", "kept_scale"]
+_VARYING += ["count", "option"]
 _VARYING += ["slope_s", "slope_t", "gain", "weight_s", "weight_t", "weight_k"]
+_VARYING += ["tokens", "search", "part_blocks", "eps"]
 _TUNED_BY = ["HEAD_DIM", "HAS_WINDOW", "HAS_DROPOUT", "HEAD_DIM_S", "HEAD_DIM_T", "LOSS"]
 
 

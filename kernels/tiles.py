@@ -208,6 +208,19 @@ def exp_scaled(
 
 
 @triton.jit
+def words_kept(
+    w0,
+    w1,
+    w2,
+    w3,
+    threshold,  # int32 bits
+):
+    """(..., 2, 2) bool, which reshapes to the order of the words: those at least ``threshold``."""
+    least = tl.cast(threshold, tl.int32).to(tl.uint32, bitcast=True)
+    return tl.join(tl.join(w0 >= least, w2 >= least), tl.join(w1 >= least, w3 >= least))
+
+
+@triton.jit
 def dropout_keep(
     seed,  # int64 scalar
     sequence,
@@ -229,8 +242,7 @@ def dropout_keep(
         w0, w1, w2, w3 = tl.philox(seed, groups[:, None], queries[None, :], head, sequence)
     else:
         w0, w1, w2, w3 = tl.philox(seed, groups[None, :], queries[:, None], head, sequence)
-    least = tl.cast(threshold, tl.int32).to(tl.uint32, bitcast=True)
-    keep = tl.join(tl.join(w0 >= least, w2 >= least), tl.join(w1 >= least, w3 >= least))
+    keep = words_kept(w0, w1, w2, w3, threshold)
     if KEYS_FIRST:
         keep = tl.permute(keep, (0, 2, 3, 1)).reshape(BLOCK_N, BLOCK_M)
     else:

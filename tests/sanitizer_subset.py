@@ -19,6 +19,8 @@ OPTIONS = {
 }
 # One block, blocks that wait for each other, a warp a row, a block a row.
 ROWS = ((37, 3), (6000, 2), (70, 300), (9, 2051))
+# Width and height: held in registers, in pieces, without a projection.
+EMBEDDINGS = ((20, 40), (300, 72), (72, None))
 
 
 def run(op, dtype: torch.dtype, length: int, head_dim: int, options: dict, device: str) -> None:
@@ -51,6 +53,24 @@ def run_rows(batch: int, classes: int, dtype: torch.dtype, device: str) -> None:
         assert torch.equal(rows[0], hidden[decision.order])
 
 
+def run_embedding(width: int, height: int | None, dtype: torch.dtype, device: str) -> None:
+    ids = torch.randint(0, 40, (3, 50), device=device)
+    ids[ids < 20] = 3
+    shapes = {"word": (40, width), "position": (50, width), "token_type": (2, width), "norm_weight": (width,)}
+    if height is not None:
+        shapes |= {"projection": (height, width), "projection_bias": (height,)}
+    leaves = {
+        name: torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+        for name, shape in shapes.items()
+    }
+    packed = {"cu_seqlens": torch.tensor([0, 7, 7, 50], device=device, dtype=torch.int32)}
+    types = {"token_type_ids": ids % 2, "padding_idx": 3}
+    for rows, options in ((ids, types), (ids[:1], packed)):
+        out = bertops.factorized_embedding(rows, **leaves, **options, dropout_p=0.1)
+        out.backward(torch.ones_like(out))
+    assert all(x.grad.isfinite().all() for x in leaves.values()), (width, height, dtype)
+
+
 def main() -> None:
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
     torch.manual_seed(0)
@@ -64,6 +84,10 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             run_rows(batch, classes, dtype, device)
         print(f"entropy, exit_decision, compact {batch} x {classes}", flush=True)
+    for width, height in EMBEDDINGS:
+        for dtype in (torch.float32, torch.bfloat16):
+            run_embedding(width, height, dtype, device)
+        print(f"factorized_embedding {width} to {height}", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,18 @@ from bench import (  # noqa: E402
     bench_attention_score_mse,
     bench_attention_with_scores,
     bench_compact,
+    bench_cosine_loss,
     bench_entropy,
     bench_exit_decision,
+    bench_factorized_embedding,
+    bench_feature_map_transfer,
+    bench_kl_div_logits,
+    bench_linear_kl_div,
+    bench_normalized_mse,
+    bench_projected_mse,
     bench_relation_kl,
     correctness,
+    embedding,
     loss_providers,
     measure,
     paired,
@@ -36,13 +44,15 @@ from bench import (  # noqa: E402
     shapes,
     work,
 )
+from bench.embedding import EmbeddingCase  # noqa: E402
 from bench.limits import Limits, Work  # noqa: E402
+from bench.linear_shapes import PROJECTION, VOCABULARY, LinearCase  # noqa: E402
 from bench.loss_providers import KL, SCORE_MSE, kl_by_attention  # noqa: E402
 from bench.measure import Comparison, Op, noise  # noqa: E402
 from bench.memory import peak_extra_bytes  # noqa: E402
 from bench.providers import Provider, eager_attention, eager_attention_with_scores, sdpa, sdpa_with_scores  # noqa: E402
 from bench.row_providers import eager_entropy, eager_exit_and_prediction, index_select  # noqa: E402
-from bench.row_shapes import HIDDEN, LOGITS, HiddenCase, LogitsCase  # noqa: E402
+from bench.row_shapes import HIDDEN, LOGITS, HiddenCase, LogitsCase, RowPairCase  # noqa: E402
 from bench.shapes import QK_PAIR, QKV, V_PAIR  # noqa: E402
 from bertops import reference  # noqa: E402
 from bertops._files import write_whole  # noqa: E402
@@ -309,7 +319,7 @@ def test_maps_that_do_not_fit_are_not_tried(monkeypatch):
     assert results[1].reason == "its maps would take 0 GB"
 
 
-ROW_OPS = [bench_entropy.op, bench_exit_decision.op, bench_compact.op]
+ROW_OPS = [bench_entropy.op, bench_exit_decision.op, bench_compact.op, bench_factorized_embedding.op]
 ROW_CASES = [
     (bench_entropy.op, LogitsCase(400, 3), "both"),
     (bench_entropy.op, LogitsCase(3, 1000), "forward"),
@@ -318,6 +328,12 @@ ROW_CASES = [
     (bench_exit_decision.op, LogitsCase(64, 2, dtype=torch.bfloat16), "forward"),
     (bench_compact.op, HiddenCase(9, 5, 8), "forward"),
     (bench_compact.op, HiddenCase(9, 5, 8, packed=True), "forward"),
+    (bench_factorized_embedding.op, EmbeddingCase(2, 9, 30, 8, 12), "both"),
+    (bench_factorized_embedding.op, EmbeddingCase(2, 9, 30, 8, skewed=True), "both"),
+    (bench_cosine_loss.op, RowPairCase(300, 40), "both"),
+    (bench_normalized_mse.op, RowPairCase(300, 40, dtype=torch.bfloat16), "both"),
+    (bench_feature_map_transfer.op, RowPairCase(300, 40), "both"),
+    (bench_kl_div_logits.op, RowPairCase(300, 40, dtype=torch.bfloat16), "both"),
 ]
 
 
@@ -336,6 +352,48 @@ def test_peers_of_row_ops_are_right(make_op, case, mode):
     assert [(result.status, result.reason) for result in results] == [("ok", None)] * len(results)
     everything = Comparison(op, case, case.draw(op.takes, CPU), sampled=True)
     assert everything.checked == "everything"
+
+
+LINEAR_OPS = [bench_linear_kl_div.op, bench_projected_mse.op]
+LINEAR_CASES = [LinearCase(300, 20, 70), LinearCase(300, 20, 70, dtype=torch.bfloat16)]
+
+
+@pytest.mark.parametrize("mode", ["forward", "both"])
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("make_op", LINEAR_OPS)
+def test_peers_of_linear_losses_are_right(make_op, case, mode):
+    results = compare_rows(make_op("auto"), case, mode)
+    assert {result.provider for result in results} < set(plots.COLORS)
+    statuses = [result.status for result in results if result.provider != "Liger"]
+    assert statuses == ["ok"] * (3 if make_op is bench_linear_kl_div.op else 2), results
+
+
+@pytest.mark.parametrize("make_op", LINEAR_OPS)
+def test_a_wrong_linear_loss_or_gradient_gets_no_number(make_op):
+    op = make_op("reference")
+    right = op.providers[1].make
+
+    def scaled(inputs):
+        return lambda *tensors: (right(inputs)(*tensors)[0] * 1.001,)
+
+    def wrong_gradient(inputs):
+        return lambda hidden, *others: right(inputs)(WrongGradient.apply(hidden), *others)
+
+    wrong = [Provider("eager", scaled), Provider("compiled eager", wrong_gradient)]
+    results = compare_rows(replace(op, providers=wrong), LINEAR_CASES[0], "both")
+    assert [result.status for result in results] == ["wrong", "wrong"]
+
+
+def test_work_of_linear_losses():
+    case = LinearCase(10, 6, 5)
+    vocabulary, projection = (case.draw(takes, CPU) for takes in (VOCABULARY, PROJECTION))
+    moved = 4 * (10 * 6 + 5 * 6 + 10 * 768 + 5 * 768)
+    assert work.linear_kl_div(vocabulary, "forward") == Work(2 * 50 * (6 + 768), 100, moved)
+    both = Work(2 * 50 * (6 + 768) + 4 * 50 * 6, 100, moved + 4 * (10 * 6 + 5 * 6))
+    assert work.linear_kl_div(vocabulary, "both") == both
+    moved = 4 * (10 * 6 + 5 * 6 + 10 * 5)
+    assert work.projected_mse(projection, "forward") == Work(2 * 10 * 30, 0, moved)
+    assert work.projected_mse(projection, "both") == Work(6 * 10 * 30, 0, moved + 4 * (10 * 6 + 5 * 6))
 
 
 @pytest.mark.parametrize("output", range(4))
@@ -384,6 +442,16 @@ def test_work_of_row_ops():
     assert work.compact(packed, "forward").bytes == 2 * tokens * 6 * 4
 
 
+def test_work_of_the_embedding():
+    inputs = EmbeddingCase(1, 4, 30, 8, 12).draw(embedding.PARAMETERS, CPU)
+    rows, weights = len(set(inputs.input_ids.flatten().tolist())), 514 * 8 + 2 * 8 + 12 * 8 + 12
+    forward = Work(2 * 4 * 8 * 12, 0, 4 * (rows * 8 + weights + 4 * 12) + 2 * 4 * 8)
+    assert embedding.work(inputs, "forward") == forward
+    both = Work(3 * forward.flops, 0, 2 * forward.bytes + 4 * (30 * 8 + weights))
+    assert embedding.work(inputs, "both") == both
+    assert embedding.work(EmbeddingCase(1, 4, 30, 8).draw(embedding.PARAMETERS, CPU), "both").flops == 0
+
+
 @pytest.mark.parametrize(
     ("make_op", "case", "unit"),
     [
@@ -400,7 +468,7 @@ def test_a_rate_is_of_what_the_op_does(make_op, case, unit):
 
 @pytest.mark.parametrize("scope", ["quick", "lengths", "full"])
 @pytest.mark.parametrize(
-    "op", [bench_attention.op, bench_attention_with_scores.op, *LOSSES.values(), *ROW_OPS]
+    "op", [bench_attention.op, bench_attention_with_scores.op, *LOSSES.values(), *ROW_OPS, *LINEAR_OPS]
 )
 def test_cases_have_names_of_their_own(op, scope):
     op = op("reference")

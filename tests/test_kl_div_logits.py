@@ -11,6 +11,7 @@ INF = math.inf
 OP = "kl_div_logits"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 2.0, 20.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_any_temperature(temperature, dtype, kernel):
@@ -20,6 +21,7 @@ def test_any_temperature(temperature, dtype, kernel):
         check(OP, str(case), *case.inputs(device), impl)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("width", "rows"), [(2, 400), (2048, 8), (2050, 8), pytest.param(30522, 4, marks=pytest.mark.long)]
 )
@@ -49,7 +51,9 @@ def test_is_torch_kl_div_times_the_temperature_squared(kernel):
     torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
 
 
-@pytest.mark.parametrize("place", [3, 2100, 2999])
+@pytest.mark.parametrize(
+    "place", [pytest.param(3, marks=pytest.mark.long), 2999, pytest.param(2100, marks=pytest.mark.long)]
+)
 def test_the_largest_logit_of_a_later_block(place, kernel):
     """Far above all that came before it, in one model or in both."""
     impl, device = kernel
@@ -65,6 +69,7 @@ def test_the_largest_logit_of_a_later_block(place, kernel):
             assert error <= 2 * allowed + 2e-7 * x.norm() + 1e-30, (name, rises)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
 def test_logits_of_ten_thousand(offset, temperature, kernel):
@@ -79,6 +84,7 @@ def test_logits_of_ten_thousand(offset, temperature, kernel):
         check(OP, f"{offsets}", inputs, options, impl)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("width", [8, 50, 2500])
 def test_impossible_classes_are_as_if_absent(width, dtype, kernel):
@@ -157,7 +163,9 @@ def test_confident_models_that_disagree(kernel):
     torch.testing.assert_close(rows.double().cpu(), exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-5, 1e-3, 0.1, 1.0])
+@pytest.mark.parametrize(
+    "noise", [1e-6, *(pytest.param(x, marks=pytest.mark.long) for x in (0.0, 1e-5, 1e-3, 0.1, 1.0))]
+)
 def test_rows_are_never_negative(noise, kernel):
     impl, device = kernel
     for temperature in (0.5, 4.0):

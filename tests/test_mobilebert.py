@@ -130,6 +130,11 @@ def test_saved_for_transformers(head, variant, tmp_path):
     assert not report["missing_keys"] - {"pooler.dense.weight", "pooler.dense.bias"}
     assert not report["unexpected_keys"] and not report["mismatched_keys"]
     assert again.config == ours.config
+    assert (
+        ours.config.pooler
+        == theirs.config.classifier_activation
+        == ("classifier_activation" not in VARIANTS[variant])
+    )
     input_ids, mask = batch("mobilebert", "right")
     with torch.no_grad():
         output, same = ours(input_ids, mask), again(input_ids, mask)
@@ -331,6 +336,22 @@ def test_compiled_whole():
         torch.testing.assert_close(compiled(input_ids, mask).last_hidden_state, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    model = random_model(MobileBertConfig(**SMALL), MobileBertForSequenceClassification)
+    input_ids, mask = batch("mobilebert", "right")
+    expected = model(input_ids, mask).logits
+    if dtype == torch.bfloat16:
+        with torch.autocast("cpu", dtype=dtype):
+            under_autocast = model(input_ids, mask).logits
+        torch.testing.assert_close(under_autocast.float(), expected, rtol=0.1, atol=0.1)
+        under_autocast.sum().backward()
+    logits = model.to(dtype)(input_ids, mask).logits
+    assert logits.dtype == dtype
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(logits.float(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_dropout_while_training_only():
     config = replace(TEACHER, hidden_dropout_p=0.5, attention_dropout_p=0.0)
     model = random_model(config)
@@ -338,6 +359,10 @@ def test_dropout_while_training_only():
     assert torch.equal(model(input_ids, mask).last_hidden_state, model(input_ids, mask).last_hidden_state)
     rates = {name: m.p for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
     assert rates == {"embeddings.dropout": 0.5, **{f"layers.{i}.output_dropout": 0.5 for i in range(3)}}
+    model.train()
+    assert not torch.equal(model(input_ids, mask).last_hidden_state, model(input_ids, mask).last_hidden_state)
+    model = random_model(replace(TEACHER, hidden_dropout_p=0.0, attention_dropout_p=0.5))
+    assert torch.equal(model(input_ids, mask).last_hidden_state, model(input_ids, mask).last_hidden_state)
     model.train()
     assert not torch.equal(model(input_ids, mask).last_hidden_state, model(input_ids, mask).last_hidden_state)
 

@@ -83,7 +83,9 @@ def test_zero_vectors(op, width, kernel):
             assert results["grad"][0, 3].any()
 
 
-@pytest.mark.parametrize("scale", [1e-9, 1e-4, 1e6, 1e15])
+@pytest.mark.parametrize(
+    "scale", [1e-9, *(pytest.param(x, marks=pytest.mark.long) for x in (1e-4, 1e6, 1e15))]
+)
 @pytest.mark.parametrize("op", DIRECTIONS)
 def test_lengths_do_not_matter(op, scale, kernel):
     impl, device = kernel
@@ -95,7 +97,7 @@ def test_lengths_do_not_matter(op, scale, kernel):
 @pytest.mark.parametrize("op", DIRECTIONS)
 def test_parallel_and_opposite_vectors(op, kernel):
     impl, device = kernel
-    (student, teacher), options = Case(reduction="none").inputs(device)
+    (_, teacher), options = Case(reduction="none").inputs(device)
     unit = 1 if op == "cosine_loss" else 2
     for factor, expected in ((2.0, 0.0), (0.5, 0.0), (3.0, 0.0), (-1.0, 2.0)):
         rows = run(op, [factor * teacher, teacher], options, impl)["loss 0"]
@@ -103,7 +105,7 @@ def test_parallel_and_opposite_vectors(op, kernel):
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-@pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.1])
+@pytest.mark.parametrize("eps", [1e-12, *(pytest.param(x, marks=pytest.mark.long) for x in (1e-5, 0.1))])
 def test_feature_maps_with_any_eps_and_offset(eps, offset, kernel):
     impl, device = kernel
     inputs, options = Case(4, 30, 70, options={"eps": eps}).inputs(device)

@@ -67,6 +67,12 @@ def test_round_trip(family, head, tmp_path):
         if head == "ForPreTraining":
             assert_same("sop_logits", ours.sop_logits, output.sop_logits)
     assert_reads_back(model, tmp_path / "new" / "folder")
+    theirs.save_pretrained(tmp_path / "theirs")
+    written = [
+        safetensors_torch.load_file(folder / "model.safetensors").keys()
+        for folder in (tmp_path / "new" / "folder", tmp_path / "theirs")
+    ]
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

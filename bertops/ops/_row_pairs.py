@@ -23,11 +23,12 @@ def row_pair_loss(
 ) -> Tensor:
     """The losses of the op ``name`` between ``pair``, student and teacher (..., H) by their arguments' names.
 
-    Returns (losses,), or (losses, ...) for the reduction ``none``; ``option`` is the number that the op takes.
+    Returns (losses,), or (losses, ...) for the reduction ``none``; ``option``: the number that the op takes.
     """
     mask = check_pair(pair, mask, reduction)
     like, _ = pair.values()
-    arguments = (*map(as_batch, pair.values()), None if mask is None else as_batch(mask[..., None])[..., 0])
+    x_s, x_t = map(as_batch, pair.values())
+    arguments = x_s, x_t, None if mask is None else as_batch(mask[..., None])[..., 0]
     backend = _backend.resolve(name, impl, like.device)
     if backend == "reference":
         rows = getattr(reference, name)(*arguments, option)
@@ -39,7 +40,7 @@ def row_pair_loss(
     if reduction == "none":
         return rows.view(rows.shape[0], *like.shape[:-1])
     sums = rows.sum((1, 2))
-    return sums / count_rows(arguments[0], mask) if reduction == "mean" else sums
+    return sums / count_rows(x_s, mask) if reduction == "mean" else sums
 
 
 def check_pair(pair: dict[str, Tensor], mask: Tensor | None, reduction: str) -> Tensor | None:

@@ -23,8 +23,8 @@ def kl_div_logits(
         ds_c = T g \left(p^s_c - p^t_c\right)
 
     in nats, for the upstream gradient g. Both come from the ratios :math:`p^s_c / p^t_c` and what they differ
-    from 1: the loss is never negative, equal logits have loss and gradient 0, and nearly equal ones keep their
-    digits. Memory holds one (..., V) tensor more, the gradient.
+    from 1: the loss is never negative, equal logits have loss and gradient 0, and nearly equal ones keep
+    their digits. Memory holds one (..., V) tensor more, the gradient.
 
     Args:
         logits_s: the student's (B, N, V), or (..., V); fp32, bf16 or fp16 (fp64 on CPU); any strides, read in

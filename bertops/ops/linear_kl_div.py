@@ -44,7 +44,7 @@ def linear_kl_div(
     Args:
         hidden_s: the student's (B, N, H_s) or (M, H_s), fp32, bf16 or fp16 (fp64 on CPU); any strides, read
             in place where rows are contiguous and evenly spaced.
-        weight_s: (V, H_s), as ``nn.Linear`` holds it, in the dtype of ``hidden_s``; may be an embedding table.
+        weight_s: (V, H_s), as ``nn.Linear`` holds it, in the dtype of ``hidden_s``; or an embedding table.
         hidden_t, weight_t: the teacher's, of the same rows and V, of a width and dtype of their own;
             constants. A table that both models share is ``weight_t=weight_s.detach()``.
         bias_s, bias_t: (V,), 0 without.

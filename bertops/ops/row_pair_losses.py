@@ -68,9 +68,9 @@ def normalized_mse(
     .. math:: L = \sum_h (\hat s_h - \hat t_h)^2 = 2 - 2 \cos, \qquad
         ds = \frac{2g}{\|s\|} \left(\hat s - \hat t - \tfrac12 L\, \hat s\right)
 
-    for the upstream gradient g; computed from the difference, as :func:`bertops.cosine_loss` is, and twice its
-    value. A vector shorter than 1e-12 is normalised to 0 and gets the gradient 0; beside a zero vector the
-    loss is 1, between two it is 0.
+    for the upstream gradient g; computed from the difference, as :func:`bertops.cosine_loss` is, and twice
+    its value. A vector shorter than 1e-12 is normalised to 0 and gets the gradient 0; beside a zero vector
+    the loss is 1, between two it is 0.
 
     Args:
         hidden_s: the student's (B, N, H), or (..., H); fp32, bf16 or fp16 (fp64 on CPU); any strides, read in

@@ -90,7 +90,7 @@ class RunFolder:
             ValueError: one of them is missing or damaged; names it.
         """
         file = self.path / METRICS
-        texts = file.read_bytes().splitlines()[:count] if file.exists() else []
+        texts = file.read_bytes().splitlines() if file.exists() else []
         self.metrics = []
         for number in range(1, count + 1):
             try:

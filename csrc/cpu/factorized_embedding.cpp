@@ -18,7 +18,8 @@ using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 constexpr int64_t kTokensPerPart = 1024, kMostParts = 32;  // with a projection, whose gradient is large
 constexpr int64_t kTokensPerSmallPart = 256, kMostSmallParts = 256;
-constexpr int64_t kBytesPerTask = int64_t{1} << 20;
+// Memory that one thread writes for the first time: where two reach a fresh huge page at once, both clear it.
+constexpr int64_t kHugePage = int64_t{2} << 20;
 
 int64_t tasks_for(int64_t items, int64_t per_task) { return (items + per_task - 1) / per_task; }
 
@@ -39,7 +40,7 @@ class EmbeddingCall {
     p.length = input_ids.size(1);
     p.width = word.size(1);
     p.eps = eps;
-    tokens = batch_ * p.length;
+    p.tokens = tokens = batch_ * p.length;
     p.word = table_of(word);
     if (position) p.position = table_of(*position);
     if (token_type) p.token_type = table_of(*token_type);
@@ -224,10 +225,14 @@ std::tuple<Tensor, Tensor, Tensor> factorized_embedding_fwd(
   p.mean = dense(mean);
   p.rstd = dense(rstd);
   call.pack(word);
-  run_tasks(tasks_for(call.tokens, kTokenTile), forward_scratch(p) * accumulator_bytes(call.dtype),
+  const int64_t row_bytes = out.size(2) * out.element_size();
+  const int64_t tiles = std::max<int64_t>(1, kHugePage / (row_bytes * kTokenTile));
+  const int64_t fair = call.tokens / (4 * torch::stable::get_num_threads() * kTokenTile);
+  const int64_t step = kTokenTile * std::max<int64_t>(1, std::min(tiles, fair));
+  run_tasks(tasks_for(call.tokens, step), forward_scratch(p) * accumulator_bytes(call.dtype),
             [&](int64_t task, void* scratch) {
-              const int64_t first = task * kTokenTile, last = std::min(call.tokens, first + kTokenTile);
-              BERTOPS_DISPATCH(call.dtype, embed_tile, p, first, last, scratch)
+              const int64_t first = task * step, last = std::min(call.tokens, first + step);
+              BERTOPS_DISPATCH(call.dtype, embed_tokens, p, first, last, scratch)
             });
   return {out, mean, rstd};
 }
@@ -251,7 +256,7 @@ Tensor table_grad(const EmbeddingCall& call, const Tensor& table, const Tensor& 
                 nullptr};
   Tensor partial = call.new_buffer(table, 2 * s.chunks() * width);
   s.partial = partial.data_ptr();
-  const int64_t keys_per_task = std::max<int64_t>(1, kBytesPerTask / (width * bytes));
+  const int64_t keys_per_task = std::max<int64_t>(1, 2 * kHugePage / (width * bytes));
   const int64_t clearing = tasks_for(keys, keys_per_task);
   run_tasks(clearing + s.chunks(), width * bytes, [&](int64_t task, void* scratch) {
     if (task < clearing) {

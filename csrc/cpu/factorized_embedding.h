@@ -28,6 +28,7 @@ struct Place {
 };
 
 struct Embedding {
+  int64_t tokens = 0;                         // B N
   int64_t length = 0, width = 0, height = 0;  // N, E, and H, 0 without a projection
   Table word, position, token_type;
   const int64_t *word_row = nullptr, *position_row = nullptr, *type_row = nullptr;  // (tokens,)

@@ -58,9 +58,8 @@ inline void project(const Embedding& p, int64_t first, int64_t count, const T* t
   }
 }
 
-// Tokens [first, last), at most kTokenTile.
 template <class T>
-void embed_tile(const Embedding& p, int64_t first, int64_t last, void* memory) {
+void embed_tokens(const Embedding& p, int64_t first, int64_t last, void* memory) {
   Scratch<T> scratch{static_cast<T*>(memory)};
   const TokenRows<T> rows(scratch, p);
   if (p.height == 0) {
@@ -75,11 +74,14 @@ void embed_tile(const Embedding& p, int64_t first, int64_t last, void* memory) {
   T* few_rows = scratch.take(kPadding * depth);
   T* tokens = scratch.take(kTokenTile * depth);
   T* block = scratch.take(kTileRows<T> * kPanel<T>);
-  fill_panels(last - first, depth, few_rows, tokens, [&](int64_t i, T* to) {
-    embed(p, first + i, rows, to);
-    to[p.width] = 1;
-  });
-  project(p, first, last - first, tokens, block);
+  for (int64_t token = first; token < last; token += kTokenTile) {
+    const int64_t count = min_of(kTokenTile, last - token);
+    fill_panels(count, depth, few_rows, tokens, [&](int64_t i, T* to) {
+      embed(p, token + i, rows, to);
+      to[p.width] = 1;
+    });
+    project(p, token, count, tokens, block);
+  }
 }
 
 }  // namespace bertops::BERTOPS_ISA

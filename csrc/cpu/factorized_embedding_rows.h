@@ -48,10 +48,21 @@ inline void add_row(const T* x, const T* y, int64_t count, T* to) {
   for (; i < count; ++i) to[i] = x[i] + y[i];
 }
 
+// Words are anywhere in their table: the start of a row is on its way before it is needed, the rest follows.
+inline void prefetch_word(const Embedding& p, int64_t token) {
+  constexpr int64_t kAhead = 6, kMostBytes = 1024, kLine = 64;
+  if (token + kAhead >= p.tokens) return;
+  const int64_t bytes = bytes_of(p.word.dtype);
+  const char* row =
+      static_cast<const char*>(p.word.data) + p.word_row[token + kAhead] * p.word.row_stride * bytes;
+  for (int64_t i = 0; i < min_of(kMostBytes, p.width * bytes); i += kLine) __builtin_prefetch(row + i);
+}
+
 // x (padded) = the rows of a token added up, 0 beyond E.
 template <class T>
 inline void gather(const Embedding& p, int64_t token, const TokenRows<T>& rows, T* x) {
   const int64_t width = p.width;
+  prefetch_word(p, token);
   const T* sum = table_row(p.word, p.word_row[token], width, rows.word);
   if (p.position.data != nullptr) {
     add_row(sum, table_row(p.position, p.position_row[token], width, rows.position), width, x);

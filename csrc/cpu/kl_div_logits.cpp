@@ -17,24 +17,18 @@ constexpr int64_t kStats = 5;  // members of KlStats
 
 std::tuple<Tensor, Tensor> kl_div_logits_fwd(const Tensor& logits_s, const Tensor& logits_t,
                                              std::optional<Tensor> mask, double temperature) {
-  RowPairTensors pair(logits_s, logits_t, mask, temperature);
-  const RowPairs& p = pair.p;
-  auto results = pair.new_rows(1, kStats);
-  pair.run_rows(2 * kClassBlock, [&](int64_t first, int64_t last, void* scratch) {
-    BERTOPS_DISPATCH(p.s.dtype, kl_rows, p, first, last, scratch)
-  });
-  return results;
+  return row_pair_forward(logits_s, logits_t, mask, temperature, 1, kStats, kClassBlock,
+                          [](const RowPairs& p, int64_t first, int64_t last, void* scratch) {
+                            BERTOPS_DISPATCH(p.s.dtype, kl_rows, p, first, last, scratch)
+                          });
 }
 
 Tensor kl_div_logits_bwd(const Tensor& grad_rows, const Tensor& logits_s, const Tensor& logits_t,
                          std::optional<Tensor> mask, double temperature, const Tensor& stats) {
-  RowPairTensors pair(logits_s, logits_t, mask, temperature);
-  const RowPairs& p = pair.p;
-  Tensor grad = pair.new_grad(grad_rows, stats, 1, kStats);
-  pair.run_rows(2 * kClassBlock, [&](int64_t first, int64_t last, void* scratch) {
-    BERTOPS_DISPATCH(p.s.dtype, kl_grads, p, first, last, scratch)
-  });
-  return grad;
+  return row_pair_backward(grad_rows, logits_s, logits_t, mask, temperature, stats, 1, kStats, kClassBlock,
+                           [](const RowPairs& p, int64_t first, int64_t last, void* scratch) {
+                             BERTOPS_DISPATCH(p.s.dtype, kl_grads, p, first, last, scratch)
+                           });
 }
 
 }  // namespace

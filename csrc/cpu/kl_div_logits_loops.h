@@ -69,6 +69,7 @@ inline bool add_classes(const RowPairs& p, int64_t row, T top_s, T top_t, T unit
     const RowPart<T> t = row_part(p, p.t, row, first, last, none, scratch + kClassBlock);
     Vec<T> student{}, teacher{}, drift{}, bend{}, highest{};
     for (int64_t i = 0; i < s.padded; i += kLanes<T>) {
+      fetch_ahead(s, t, i);
       const Logits<T> z = logits_of<T>(load(s.data + i), load(t.data + i), top_s, top_t, unit);
       highest = max<T>(highest, max<T>(z.a, z.b));
       const Vec<T> v = z.a - z.b;
@@ -161,6 +162,7 @@ void kl_grads(const RowPairs& p, int64_t first, int64_t last, void* memory) {
       const RowPart<T> s = row_part(p, p.s, row, start, end, none, scratch);
       const RowPart<T> t = row_part(p, p.t, row, start, end, none, scratch + kClassBlock);
       store_grads(p, row, start, s, [&](int64_t i) {
+        fetch_ahead(s, t, i);
         const Logits<T> z = logits_of<T>(load(s.data + i), load(t.data + i), stats.top_s, stats.top_t, unit);
         const Vec<T> w = z.a - z.b - stats.shift;
         const auto student_larger = w > T(0);

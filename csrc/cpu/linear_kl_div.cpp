@@ -7,7 +7,7 @@
 namespace bertops {
 namespace {
 
-constexpr int64_t kLogitBytes = int64_t{128} << 20;  // of both models' logits of a chunk
+constexpr int64_t kLogitBytes = int64_t{96} << 20;  // of both models' logits of a chunk
 
 // Memory for chunks of `tokens`, in elements of `size` bytes.
 Workspace take_memory(LinearKL& p, int64_t tokens, int64_t size) {

@@ -92,6 +92,13 @@ inline void multiply_outputs(const Linear& linear, const Chunk& chunk, int64_t f
   }
 }
 
+template <class T>
+BERTOPS_INLINE void prefetch_tile(const T* c, int64_t row) {
+  for (int64_t r = 0; r < kTileRows<T>; ++r) {
+    for (int64_t n = 0; n < kPanel<T>; n += kLanes<T>) __builtin_prefetch(c + r * row + n, 1);
+  }
+}
+
 // Adds the gradients that the outputs [first, first + kOutputBlock) of a chunk give to their weights and biases.
 // grad.lanes(block, column) has those of a vector of tokens, which at(output) returns. `panels` from pack_rows.
 template <class T, class Grad>
@@ -125,6 +132,7 @@ inline void add_weight_grads(const Linear& linear, const Chunk& chunk, int64_t f
         const T* a = packed + row * kTokenPitch + k;
         T* c = static_cast<T*>(to.weight) + (first + row) * width + column;
         if (columns == P && row + R <= rows) {
+          prefetch_tile(c, width);  // far apart, and not read since the last chunk
           if (add) {
             micro_kernel<kTokenPitch, kTileVectors, true>(terms, a, 1, panel, P, c, width);
           } else {

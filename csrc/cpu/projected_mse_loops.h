@@ -15,6 +15,18 @@ void projection_pack(const ProjectedMSE& p, const Chunk& chunk, int64_t block, v
   if (p.grads.weight != nullptr) pack_rows(p.student, chunk, block, rows, static_cast<T*>(p.token_rows));
 }
 
+// `outputs` of the teacher's from `first` on, of `count` tokens: short pieces far apart, which no processor foresees.
+inline void prefetch_teacher(const ProjectedMSE& p, const Chunk& chunk, int64_t token, int64_t count,
+                             int64_t first, int64_t outputs) {
+  constexpr int64_t kLine = 64;
+  const int64_t size = bytes_of(p.hidden_t.dtype), end = min_of(token + count, chunk.count);
+  for (; token < end; ++token) {
+    const char* row = static_cast<const char*>(p.hidden_t.data) +
+                      (chunk.token[token] * p.hidden_t.row_stride + first * p.hidden_t.stride) * size;
+    for (int64_t byte = 0; byte < outputs * size; byte += kLine) __builtin_prefetch(row + byte);
+  }
+}
+
 // Differences to the teacher in kOutputBlock outputs, for the tokens of blocks [from, to).
 template <class T>
 void projection_differences(const ProjectedMSE& p, const Chunk& chunk, int64_t task, int64_t from, int64_t to,
@@ -48,13 +60,19 @@ void projection_differences(const ProjectedMSE& p, const Chunk& chunk, int64_t t
           }
         }
         transpose(teacher_rows, kOutputBlock, P, padded(outputs), teacher, P);
+        prefetch_teacher(p, chunk, begin + P, P, first, outputs);
         for (int64_t i = 0; i < P; i += L) {
           Vec<T> sum{};
-          for (int64_t output = 0; output < outputs; ++output) {
-            T* at = tile + output * kQueryBlock + i;
-            const Vec<T> difference = (load(at) + bias[output]) - load(teacher + output * P + i);
-            sum += difference * difference;
-            store(at, difference);
+          for (int64_t output = 0; output < outputs;) {
+            const int64_t end = min_of(outputs, output + kPadding);
+            Vec<T> part{};  // long sums keep their digits
+            for (; output < end; ++output) {
+              T* at = tile + output * kQueryBlock + i;
+              const Vec<T> difference = (load(at) + bias[output]) - load(teacher + output * P + i);
+              part += difference * difference;
+              store(at, difference);
+            }
+            sum += part;
           }
           store(squares + begin + i, sum);
         }
@@ -68,11 +86,11 @@ void projection_rows(const ProjectedMSE& p, const Chunk& chunk, int64_t block) {
     T* factor = static_cast<T*>(p.factors) + i;
     *factor = 0;
     if (i >= chunk.count) continue;
-    T sum = 0;
+    double sum = 0;
     for (int64_t task = 0; task * kOutputBlock < p.student.outputs; ++task) {
       sum += static_cast<const T*>(p.squares)[task * tokens + i];
     }
-    static_cast<T*>(p.rows)[chunk.token[i]] = sum;
+    static_cast<T*>(p.rows)[chunk.token[i]] = static_cast<T>(sum);
     if (p.grad_rows.data != nullptr) *factor = 2 * upstream_of<T>(p, chunk.token[i]);
   }
 }

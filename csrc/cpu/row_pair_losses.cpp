@@ -9,53 +9,40 @@ namespace {
 
 constexpr int64_t kDirectionStats = 3, kFeatureStats = 7;  // members of their structs
 
-// Two rows in scratch, padded to full vectors.
-int64_t scratch_of(const RowPairs& p) { return 2 * padded(p.width); }
-
 template <bool kCosine>
 std::tuple<Tensor, Tensor> direction_fwd(const Tensor& hidden_s, const Tensor& hidden_t,
                                          std::optional<Tensor> mask, double eps) {
-  RowPairTensors pair(hidden_s, hidden_t, mask, eps);
-  const RowPairs& p = pair.p;
-  auto results = pair.new_rows(1, kDirectionStats);
-  pair.run_rows(scratch_of(p), [&](int64_t first, int64_t last, void* scratch) {
-    BERTOPS_DISPATCH(p.s.dtype, direction_rows, p, kCosine, first, last, scratch)
-  });
-  return results;
+  return row_pair_forward(hidden_s, hidden_t, mask, eps, 1, kDirectionStats, hidden_s.size(2),
+                          [](const RowPairs& p, int64_t first, int64_t last, void* scratch) {
+                            BERTOPS_DISPATCH(p.s.dtype, direction_rows, p, kCosine, first, last, scratch)
+                          });
 }
 
 template <bool kCosine>
 Tensor direction_bwd(const Tensor& grad_rows, const Tensor& hidden_s, const Tensor& hidden_t,
                      std::optional<Tensor> mask, double eps, const Tensor& stats) {
-  RowPairTensors pair(hidden_s, hidden_t, mask, eps);
-  const RowPairs& p = pair.p;
-  Tensor grad = pair.new_grad(grad_rows, stats, 1, kDirectionStats);
-  pair.run_rows(scratch_of(p), [&](int64_t first, int64_t last, void* scratch) {
-    BERTOPS_DISPATCH(p.s.dtype, direction_grads, p, kCosine, first, last, scratch)
-  });
-  return grad;
+  return row_pair_backward(grad_rows, hidden_s, hidden_t, mask, eps, stats, 1, kDirectionStats,
+                           hidden_s.size(2),
+                           [](const RowPairs& p, int64_t first, int64_t last, void* scratch) {
+                             BERTOPS_DISPATCH(p.s.dtype, direction_grads, p, kCosine, first, last, scratch)
+                           });
 }
 
 std::tuple<Tensor, Tensor> feature_map_transfer_fwd(const Tensor& hidden_s, const Tensor& hidden_t,
                                                     std::optional<Tensor> mask, double eps) {
-  RowPairTensors pair(hidden_s, hidden_t, mask, eps);
-  const RowPairs& p = pair.p;
-  auto results = pair.new_rows(3, kFeatureStats);
-  pair.run_rows(scratch_of(p), [&](int64_t first, int64_t last, void* scratch) {
-    BERTOPS_DISPATCH(p.s.dtype, feature_rows, p, first, last, scratch)
-  });
-  return results;
+  return row_pair_forward(hidden_s, hidden_t, mask, eps, 3, kFeatureStats, hidden_s.size(2),
+                          [](const RowPairs& p, int64_t first, int64_t last, void* scratch) {
+                            BERTOPS_DISPATCH(p.s.dtype, feature_rows, p, first, last, scratch)
+                          });
 }
 
 Tensor feature_map_transfer_bwd(const Tensor& grad_rows, const Tensor& hidden_s, const Tensor& hidden_t,
                                 std::optional<Tensor> mask, double eps, const Tensor& stats) {
-  RowPairTensors pair(hidden_s, hidden_t, mask, eps);
-  const RowPairs& p = pair.p;
-  Tensor grad = pair.new_grad(grad_rows, stats, 3, kFeatureStats);
-  pair.run_rows(scratch_of(p), [&](int64_t first, int64_t last, void* scratch) {
-    BERTOPS_DISPATCH(p.s.dtype, feature_grads, p, first, last, scratch)
-  });
-  return grad;
+  return row_pair_backward(grad_rows, hidden_s, hidden_t, mask, eps, stats, 3, kFeatureStats,
+                           hidden_s.size(2),
+                           [](const RowPairs& p, int64_t first, int64_t last, void* scratch) {
+                             BERTOPS_DISPATCH(p.s.dtype, feature_grads, p, first, last, scratch)
+                           });
 }
 
 }  // namespace

@@ -26,6 +26,14 @@ inline RowPart<T> row_part(const RowPairs& p, const RowsOf& x, int64_t row, int6
   return part;
 }
 
+// Asks for what follows in memory: the loops compute too much an element to reach that far ahead by themselves.
+template <class T>
+BERTOPS_INLINE void fetch_ahead(const RowPart<T>& s, const RowPart<T>& t, int64_t i) {
+  constexpr int64_t kAhead = 2048 / sizeof(T);
+  __builtin_prefetch(s.data + i + kAhead);
+  __builtin_prefetch(t.data + i + kAhead);
+}
+
 // grad(element) for the part `s` of a row from `first` on, in the dtype of the student; a copy is overwritten.
 template <class T, class Grad>
 BERTOPS_INLINE void store_grads(const RowPairs& p, int64_t row, int64_t first, const RowPart<T>& s,

@@ -68,15 +68,15 @@ struct RowPairTensors {
     return grad;
   }
 
-  // run(first row, last row, scratch of `scratch_elements` of the computation's type) on the threads.
-  template <class Run>
-  void run_rows(int64_t scratch_elements, const Run& run) const {
+  // part(p, first row, last row, scratch of `scratch_elements` of the computation's type) on the threads.
+  template <class Part>
+  void run_rows(int64_t scratch_elements, const Part& part) const {
     constexpr int64_t kElementsPerTask = int64_t{1} << 15;
     if (p.count == 0) return;
     const int64_t step = std::max<int64_t>(1, kElementsPerTask / p.width);
     run_tasks((p.count + step - 1) / step, scratch_elements * accumulator_bytes(p.s.dtype),
               [&](int64_t task, void* scratch) {
-                run(task * step, std::min(p.count, (task + 1) * step), scratch);
+                part(p, task * step, std::min(p.count, (task + 1) * step), scratch);
               });
   }
 
@@ -85,5 +85,28 @@ struct RowPairTensors {
     return x.dim() == 0 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
   }
 };
+
+// The forward of `losses` losses: part(p, first row, last row, scratch) on the threads, with scratch for `kept`
+// elements of both rows.
+template <class Part>
+std::tuple<Tensor, Tensor> row_pair_forward(const Tensor& student, const Tensor& teacher,
+                                            const std::optional<Tensor>& mask, double option, int64_t losses,
+                                            int64_t numbers, int64_t kept, const Part& part) {
+  RowPairTensors pair(student, teacher, mask, option);
+  auto results = pair.new_rows(losses, numbers);
+  pair.run_rows(2 * padded(kept), part);
+  return results;
+}
+
+// The backward from the numbers that the forward kept.
+template <class Part>
+Tensor row_pair_backward(const Tensor& grad_rows, const Tensor& student, const Tensor& teacher,
+                         const std::optional<Tensor>& mask, double option, const Tensor& stats,
+                         int64_t losses, int64_t numbers, int64_t kept, const Part& part) {
+  RowPairTensors pair(student, teacher, mask, option);
+  Tensor grad = pair.new_grad(grad_rows, stats, losses, numbers);
+  pair.run_rows(2 * padded(kept), part);
+  return grad;
+}
 
 }  // namespace bertops

@@ -71,7 +71,7 @@ Tensor entropy_fwd(const Tensor& logits, bool normalize) {
   LogitRows p = logit_rows(logits, normalize);
   Tensor entropy = torch::stable::new_empty(logits, {p.rows}, ScalarType::Float);
   if (p.rows == 0) return entropy;
-  with_logit_type(logits, [&](auto zero) {
+  with_float_type("logits", logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     launch("entropy", logits, grid_of(p), entropy_kernel<T>, p, static_cast<float*>(entropy.data_ptr()));
   });
@@ -85,7 +85,7 @@ Tensor entropy_bwd(const Tensor& grad, const Tensor& logits, bool normalize) {
                   "bertops: grad must have an entry for every row, in float32");
   Tensor grad_logits = torch::stable::new_empty(logits, {p.rows, p.classes});
   if (p.rows == 0) return grad_logits;
-  with_logit_type(logits, [&](auto zero) {
+  with_float_type("logits", logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     launch("entropy", logits, grid_of(p), entropy_grad_kernel<T>, p,
            static_cast<const float*>(grad.data_ptr()), grad.stride(0),

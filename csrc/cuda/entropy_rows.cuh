@@ -1,16 +1,14 @@
 // One pass over rows of logits: the largest, its class, and the sums of common/entropy.h.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
 #include "cuda/block.cuh"
+#include "cuda/dtypes.cuh"
 #include "cuda/launch.cuh"
 
 namespace bertops::cuda {
@@ -43,17 +41,6 @@ struct LogitRows {
 constexpr int kVectorBytes = 16;
 
 constexpr int kPiece = 8;  // classes that a thread holds at once: one vector, or two of fp32
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <class T>
-__device__ __forceinline__ T from_float(float x) {
-  if constexpr (sizeof(T) == sizeof(float)) return x;
-  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
-}
 
 // kPiece classes of a row from `first` on, interleaved with those of the other lanes so that neighbours read
 // neighbours: vector by vector, or element by element where rows are not made of vectors.
@@ -212,17 +199,6 @@ inline LogitRows logit_rows(const Tensor& logits, bool normalize) {
   p.unit = static_cast<float>(unit);
   p.top = static_cast<float>(largest * unit);
   return p;
-}
-
-// Calls run(T()) with the element type of `logits`.
-template <class Run>
-void with_logit_type(const Tensor& logits, const Run& run) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: return run(float());
-    case ScalarType::Half: return run(__half());
-    case ScalarType::BFloat16: return run(__nv_bfloat16());
-    default: STD_TORCH_CHECK(false, "bertops: logits must be float32, bfloat16 or float16 on a GPU");
-  }
 }
 
 }  // namespace bertops

@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> exit_decision(const Tensor& l
   const Decisions to{static_cast<int64_t*>(prediction.data_ptr()),
                      static_cast<float*>(uncertainty.data_ptr()), static_cast<bool*>(exited.data_ptr()),
                      static_cast<int64_t*>(order.data_ptr()), static_cast<int64_t*>(num_kept.data_ptr())};
-  with_logit_type(logits, [&](auto zero) {
+  with_float_type("logits", logits.scalar_type(), [&](auto zero) {
     launch("exit_decision", logits, {blocks, kMaxThreads, blocks > 1}, exit_decision_kernel<decltype(zero)>,
            p, static_cast<float>(threshold), rows_of_block, to,
            static_cast<int64_t*>(kept_of_block.data_ptr()));

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from bertops.distill.capture import Tap
-from bertops.distill.losses.terms import Term, attention_distributions, count_head_rows, count_tokens
+from bertops.distill.losses.terms import Term, attention_distributions, count_tokens
 from bertops.ops.relation_kl import relation_kl
 
 RELATIONS = ("q", "k", "v")
@@ -27,10 +27,8 @@ class MiniLMLoss(nn.Module):
     def forward(self, tap_s: Tap, tap_t: Tap) -> dict[str, Term]:
         """Taps of :func:`bertops.capture`, of the last layers; the terms are ``attention`` and ``value``."""
         value = relation_kl(tap_s.v, tap_t.v, tap_s.mask, cu_seqlens=tap_s.cu_seqlens, reduction="sum")
-        return {
-            "attention": attention_distributions(tap_s, tap_t),
-            "value": Term(value, count_head_rows(tap_s)),
-        }
+        attention = attention_distributions(tap_s, tap_t)
+        return {"attention": attention, "value": Term(value, attention.count)}
 
 
 class MiniLMv2Loss(nn.Module):

@@ -59,8 +59,8 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
 
 
 def attention_distributions(tap_s: Tap, tap_t: Tap, weight: float = 1.0) -> Term:
-    """KL between the attention distributions of two layers with one number of heads."""
-    given = tap_s.window is None and tap_t.window is None  # else lse is not over all keys
+    """KL of the attention of two layers, over heads and real rows; takes the lse that both layers found."""
+    given = tap_s.window is None and tap_t.window is None
     total = attention_kl(
         tap_s.q,
         tap_s.k,
