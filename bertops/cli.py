@@ -1,4 +1,4 @@
-"""``python -m bertops info`` says what runs here and why not, ``bench`` measures it, ``pretrain`` trains."""
+"""``python -m bertops``: what runs here and why not, the bench, and the commands that train and evaluate."""
 
 import argparse
 import importlib.util
@@ -12,6 +12,7 @@ import torch
 
 import bertops
 from bertops import _backend
+from bertops.distill.command import add_distill, add_eval, add_finetune
 from bertops.pretraining.command import add_pretrain
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info_parser.set_defaults(run=info)
     add_bench(commands)
     add_pretrain(commands)
+    add_finetune(commands)
+    add_distill(commands)
+    add_eval(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 

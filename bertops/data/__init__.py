@@ -7,6 +7,7 @@ from bertops.data.masking import DynamicMasker, Masked
 from bertops.data.packing import PackedBatch, Unpadded, pack, unpad
 from bertops.data.sentence_order import SentenceOrderPairs, SentencePairs
 from bertops.data.stream import PretrainingStream
+from bertops.data.task import Task, TaskTexts, read_task
 from bertops.data.text import (
     SpecialTokens,
     read_documents,
@@ -27,12 +28,15 @@ __all__ = [
     "SentencePairs",
     "Sequences",
     "SpecialTokens",
+    "Task",
+    "TaskTexts",
     "TokenCorpus",
     "Unpadded",
     "encode_corpus",
     "load_corpus",
     "pack",
     "read_documents",
+    "read_task",
     "read_tsv",
     "special_tokens",
     "train_tokenizer",

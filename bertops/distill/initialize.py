@@ -58,10 +58,21 @@ def init_student_from_teacher(
         copies += matched(f"layers.{i}", ours.layers[i], theirs.layers[number - 1])
     if heads:
         copies += matched_heads(student, teacher)
-    refuse_unfit(copies)
-    for _, target, source in copies:
-        assert source is not None
-        target.copy_(source)
+    copy_all(copies)
+
+
+@torch.no_grad()
+def init_ends_from_teacher(student: nn.Module, teacher: nn.Module) -> None:
+    """Copies the teacher's embeddings and all that stands behind the layers: MobileBERT's start.
+
+    Raises:
+        ValueError: tensors of the student are of another shape, or not in the teacher; names them all.
+
+    Source: Sun et al. 2020 (MobileBERT), section 3.5.
+    """
+    ours, theirs = encoder_of("student", student), encoder_of("teacher", teacher)
+    embeddings = matched("embeddings", ours.embeddings, theirs.embeddings)
+    copy_all([*embeddings, *matched_heads(student, teacher)])
 
 
 def encoder_of(name: str, model: nn.Module) -> Encoder:
@@ -85,6 +96,13 @@ def matched_heads(student: nn.Module, teacher: nn.Module) -> Iterator[Copy]:
     for name, parameter in student.named_parameters():
         if name.startswith("encoder.pooler.") or not name.startswith(inside):
             yield name, parameter, found.get(name)
+
+
+def copy_all(copies: list[Copy]) -> None:
+    refuse_unfit(copies)
+    for _, target, source in copies:
+        assert source is not None
+        target.copy_(source)
 
 
 def refuse_unfit(copies: list[Copy]) -> None:

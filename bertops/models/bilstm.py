@@ -15,6 +15,7 @@ from bertops.reference import sequence_positions
 
 CHANNELS = ("single", "multi")
 MODEL_TYPE = "bertops-bilstm"
+LABEL_NAMES = ("id2label", "label2id")
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,8 @@ class BiLSTMClassifier(nn.Module):
         config = read_json(folder / CONFIG)
         if config.pop("model_type", None) != MODEL_TYPE:
             raise ValueError(f"{folder} does not hold a {cls.__name__}: model_type must be {MODEL_TYPE!r}")
+        for name in LABEL_NAMES:  # what the classes are called; the model need not know
+            config.pop(name, None)
         with torch.device("meta"):
             model = cls(replace(BiLSTMConfig(**config), **changes))
         state = {name: tensor.to(dtype) for name, tensor in read_tensors(folder).items()}

@@ -138,6 +138,15 @@ IGNORED = re.compile(
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HUB_FILES = [
+    CONFIG,
+    WEIGHTS,
+    INDEX,
+    "*-of-*",
+    "exits.safetensors",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+]
 
 
 class Checkpoint:
@@ -167,7 +176,7 @@ class Checkpoint:
         self._sources: dict[str, tuple[Any, str]] = {}  # name without prefix -> (open file, stored name)
         self._files = ExitStack()
         for path in weight_files(self.folder):
-            file = self._files.enter_context(_safe_open()(path, framework="pt"))
+            file = self._files.enter_context(open_tensors(path))
             for stored in file.keys():  # noqa: SIM118  (not a dict)
                 name = plain_name(stored, self.config.family)
                 if name in self._sources:
@@ -214,7 +223,7 @@ def resolve_folder(folder_or_hub_id: str | Path) -> Path:
         raise ImportError(
             f"no folder {folder_or_hub_id}; to fetch that id from the hub: pip install bertops[hf]"
         ) from error
-    return Path(snapshot_download(folder_or_hub_id, allow_patterns=[CONFIG, WEIGHTS, INDEX, "*-of-*"]))
+    return Path(snapshot_download(folder_or_hub_id, allow_patterns=HUB_FILES))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -342,21 +351,32 @@ def _modern_norm(match: re.Match) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, under the names in the files."""
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        with _safe_open()(path, framework="pt") as file:
+        with open_tensors(path) as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     return tensors
 
 
-def _safe_open() -> Any:
+def open_tensors(path: Path) -> Any:
+    """The file, open, whose tensors are read when they are asked for.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ImportError("reading a checkpoint needs safetensors: pip install bertops[hf]") from error
-    return safe_open
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bertops._files import write_whole
 from bertops.early_exit.criteria import Criterion, criterion_of
 from bertops.early_exit.runtime import (
     ExitOutput,
@@ -15,9 +17,17 @@ from bertops.early_exit.runtime import (
     run_packed,
     run_with_capacities,
 )
+from bertops.models.albert import AlbertModel
+from bertops.models.bert import BertModel
+from bertops.models.checkpoint import CONFIG, open_tensors, read_json, resolve_folder
+from bertops.models.config import config_from_hf
 from bertops.models.encoder import Encoder, initialize
+from bertops.models.mobilebert import MobileBertModel
 from bertops.models.rows import first_tokens, pack_ids
 from bertops.reference import sequence_positions
+
+EXITS = "exits.safetensors"  # the classifiers, beside the encoder
+ENCODERS: tuple[type[Encoder], ...] = (BertModel, AlbertModel, MobileBertModel)
 
 
 @dataclass
@@ -139,6 +149,44 @@ class FastBert(nn.Module):
     def max_length(self) -> int:
         """Tokens that a sequence may have."""
         return self.config.max_position_embeddings - self.config.position_offset
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the encoder, which transformers loads, and ``exits.safetensors`` with the classifiers."""
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        exits = {
+            name: x.cpu().contiguous()
+            for name, x in self.state_dict().items()
+            if not name.startswith("encoder.")
+        }
+        write_whole(folder / EXITS, save(exits, {"num_heads": str(self.teacher.num_heads)}))
+        self.encoder.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path) -> "FastBert":
+        """What :meth:`save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            FileNotFoundError, ValueError: files are missing or do not fit; says which.
+        """
+        folder = resolve_folder(folder_or_hub_id)
+        if not (folder / EXITS).exists():
+            raise FileNotFoundError(f"{folder} has no {EXITS}")
+        config = config_from_hf(read_json(folder / CONFIG))
+        encoder_class = next(cls for cls in ENCODERS if isinstance(config, cls.config_class))
+        encoder = encoder_class.from_pretrained(folder)
+        with open_tensors(folder / EXITS) as file:
+            exits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            num_heads = int(file.metadata()["num_heads"])
+        labels, head_size = exits["teacher.classifier.weight"].shape
+        model = cls(encoder, labels, head_size=head_size, num_heads=num_heads)
+        missing, unexpected = model.load_state_dict(exits, strict=False)
+        missing = [name for name in missing if not name.startswith("encoder.")]
+        if missing or unexpected:
+            raise ValueError(f"{folder / EXITS} lacks {missing} and has {unexpected}: not of this encoder")
+        return model.eval()
 
     def freeze(self) -> "FastBert":
         """The second stage: encoder and teacher get no gradient and stay in evaluation mode whatever

@@ -1,0 +1,8 @@
+"""One file a paper: options, objectives and stages, as ``python -m bertops distill SYSTEM`` runs them.
+
+From Python::
+
+    options = tinybert.Options(layers=3, augment=5)
+    with Work("tinybert", "teacher/model", "sst2", "runs/tinybert", options) as work:
+        tinybert.distill(work, options)
+"""
