@@ -71,9 +71,11 @@ struct RowPairTensors {
   // part(p, first row, last row, scratch of `scratch_elements` of the computation's type) on the threads.
   template <class Part>
   void run_rows(int64_t scratch_elements, const Part& part) const {
-    constexpr int64_t kElementsPerTask = int64_t{1} << 15;
+    // up to a huge page of the gradient: where two threads reach a fresh one at once, both clear it
+    constexpr int64_t kFewest = int64_t{1} << 15, kMost = int64_t{1} << 19, kTasksPerThread = 4;
     if (p.count == 0) return;
-    const int64_t step = std::max<int64_t>(1, kElementsPerTask / p.width);
+    const int64_t share = p.count * p.width / (kTasksPerThread * torch::stable::get_num_threads());
+    const int64_t step = std::max<int64_t>(1, std::clamp(share, kFewest, kMost) / p.width);
     run_tasks((p.count + step - 1) / step, scratch_elements * accumulator_bytes(p.s.dtype),
               [&](int64_t task, void* scratch) {
                 part(p, task * step, std::min(p.count, (task + 1) * step), scratch);
