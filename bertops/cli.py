@@ -47,7 +47,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         "bench", help="every op beside its peers, on random and on real Q, K, V: table, plots, HTML, JSON"
     )
     scope = parser.add_mutually_exclusive_group()
-    scope.add_argument("--quick", action="store_true", help="a few shapes, under two minutes on two cores")
+    scope.add_argument("--quick", action="store_true", help="a few shapes, four to five minutes on two cores")
     scope.add_argument(
         "--lengths",
         action="store_true",
