@@ -13,7 +13,7 @@ from bertops._backend import IMPLEMENTATIONS
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bertops bench")
-    group.addoption("--quick", action="store_true", help="a few shapes, under two minutes on two cores")
+    group.addoption("--quick", action="store_true", help="a few shapes, four to five minutes on two cores")
     group.addoption("--lengths", action="store_true", help="the losses alone, over N = 128 to 16384")
     group.addoption("--device", help="cpu or cuda; default: cuda where there is a GPU")
     group.addoption(
