@@ -326,6 +326,27 @@ def test_logits_of_ten_thousand(temperature, kernel):
         assert error <= 2 * allowed + 1e-5 * exact.norm(), name
 
 
+@pytest.mark.parametrize("teacher", ["uniform", "one-hot"])
+def test_one_hot_and_uniform_teachers(teacher, kernel):
+    impl, device = kernel
+    rows, words, width = 9, 300, 16
+    hidden = torch.randn(rows, width, device=device, requires_grad=True)
+    weight = torch.randn(words, width, device=device, requires_grad=True)
+    bias_t = torch.zeros(words, device=device)
+    if teacher == "one-hot":
+        bias_t[7] = 1e4
+    zero = torch.zeros(words, 1, device=device)
+    loss = bertops.linear_kl_div(hidden, weight, zero.new_zeros(rows, 1), zero, bias_t=bias_t, impl=impl)
+    loss.backward()
+    h, w = hidden.detach().double(), weight.detach().double()
+    log_probs, target = (h @ w.t()).log_softmax(-1), bias_t.double().softmax(-1)
+    exact = torch.special.xlogy(target, target).sum() - (log_probs @ target).mean()
+    dz = (log_probs.exp() - target) / rows
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+    for grad, expected in ((hidden.grad, dz @ w), (weight.grad, dz.t() @ h)):
+        assert (grad.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_is_torch_kl_div(kernel):
     impl, device = kernel
     case = Case(rows=(6,), temperature=2.0)

@@ -106,6 +106,14 @@ class AlbertForPreTraining(AlbertForMaskedLM):
         self, encoded: EncoderOutput, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> PreTrainingOutput:
         output = super().predict(encoded, mask, cu_seqlens)
-        pooled = torch.tanh(self.dense(first_tokens(encoded.last_hidden_state, mask, cu_seqlens)))
-        sop_logits = self.sentence_order(self.dropout(pooled))
+        pooled = self.pool(encoded.last_hidden_state, mask, cu_seqlens)
+        sop_logits = self.order(pooled)
         return PreTrainingOutput(**{**vars(output), "pooler_output": pooled}, sop_logits=sop_logits)
+
+    def pool(self, hidden: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """(number of sequences, hidden_size): what sentence order is told from."""
+        return torch.tanh(self.dense(first_tokens(hidden, mask, cu_seqlens)))
+
+    def order(self, pooled: Tensor) -> Tensor:
+        """(number of sequences, 2): the logits of sentence order."""
+        return self.sentence_order(self.dropout(pooled))

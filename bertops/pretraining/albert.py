@@ -1,13 +1,11 @@
 """ALBERT's pretraining (Lan et al. 2020): n-gram masked language model and sentence order."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bertops.data import DynamicMasker, SentenceOrderPairs, TokenCorpus, word_starts
 from bertops.models import AlbertConfig, AlbertForPreTraining
 from bertops.models.heads import MaskedLM
-from bertops.models.rows import first_tokens
 from bertops.pretraining.masked_lm import count_masked, masked_lm_sums
 from bertops.pretraining.recipe import Recipe
 from bertops.pretraining.settings import AlbertSettings
@@ -92,8 +90,7 @@ class MaskedLanguageModelingAndSentenceOrder(Objective):
             batch["input_ids"], token_type_ids=batch["token_type_ids"], cu_seqlens=cu_seqlens
         )
         hidden = encoded.last_hidden_state
-        pooled = torch.tanh(model.dense(first_tokens(hidden, cu_seqlens=cu_seqlens)))
-        order = model.sentence_order(model.dropout(pooled)).float()
+        order = model.order(model.pool(hidden, cu_seqlens=cu_seqlens)).float()
         return {
             **masked_lm_sums(model, hidden, batch["labels"]),
             "sop": F.cross_entropy(order, swapped, reduction="sum"),
