@@ -93,11 +93,19 @@ FULL = [
     )
 ] + [EmbeddingCase(1, 16, 30000, 128, 768, overhead=True), EmbeddingCase(1, 16, 30522, 768, overhead=True)]
 
+QUICK_ON_GPU = [
+    EmbeddingCase(32, 512, 30000, 128, 768, dtype=torch.bfloat16, modes=BOTH, compiled=True),
+    EmbeddingCase(32, 512, 30000, 128, 768, dtype=torch.bfloat16, modes=("both",), skewed=True),
+    EmbeddingCase(32, 512, 30522, 768, dtype=torch.bfloat16, modes=BOTH),
+]
+
 CASES: dict[Scope, list[Case]] = {"quick": [*QUICK], "full": [*FULL]}
 
 
 def cases(scope: Scope, device: str) -> list[Case]:
-    """The same on every device; none over lengths."""
+    """None over lengths."""
+    if (scope, device) == ("quick", "cuda"):
+        return [*QUICK_ON_GPU]
     return CASES.get(scope, [])
 
 

@@ -86,6 +86,17 @@ CASES: dict[str, dict[Scope, list[Case]]] = {
 }
 
 
+GPU_ROWS = 16384
+QUICK_ON_GPU: dict[str, list[Case]] = {
+    "linear_kl_div": [
+        LinearCase(GPU_ROWS, 768, BERT_WORDS, dtype=torch.bfloat16, modes=("both",), compiled=True)
+    ],
+    "projected_mse": [LinearCase(GPU_ROWS, 384, 768, chunked=False, dtype=torch.bfloat16, modes=("both",))],
+}
+
+
 def cases(op: str, scope: Scope, device: str) -> list[Case]:
-    """The same on every device; none over lengths."""
+    """None over lengths."""
+    if (scope, device) == ("quick", "cuda"):
+        return QUICK_ON_GPU[op]
     return CASES[op].get(scope, [])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bertops
 from bench.shapes import Case, HeadCase, HeadInputs, Inputs, Mode
@@ -68,6 +69,7 @@ def attention_providers(impl: str) -> list[Provider]:
             compiles=True,
         ),
         Provider("SDPA", lambda inputs: sdpa(inputs.mask)),
+        *sdpa_backends(),
         Provider("FlexAttention", flex, is_compiled, cpu_lacks="backward", compiles=True),
     ]
 
@@ -131,6 +133,31 @@ def eager_attention_with_scores(mask: Tensor | None) -> Call:
 def sdpa(mask: Tensor | None) -> Call:
     keys = None if mask is None else mask[:, None, None, :]
     return lambda q, k, v: (F.scaled_dot_product_attention(q, k, v, attn_mask=keys),)
+
+
+def sdpa_backends() -> list[Provider]:
+    """One by one where there is a GPU; on a CPU there is nothing to choose from."""
+    if not torch.cuda.is_available():
+        return []
+    backends = {
+        "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+        "SDPA flash": SDPBackend.FLASH_ATTENTION,
+        "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
+    return [
+        Provider(name, partial(sdpa_on, backend=backend), cpu_lacks="kernel")
+        for name, backend in backends.items()
+    ]
+
+
+def sdpa_on(inputs: HeadInputs, backend: SDPBackend) -> Call:
+    attend = sdpa(inputs.mask)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        with sdpa_kernel(backend):
+            return attend(q, k, v)
+
+    return call
 
 
 def sdpa_with_scores(mask: Tensor | None) -> Call:

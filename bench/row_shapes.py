@@ -139,6 +139,22 @@ KL_DIV_LOGITS_FULL = [
     for rows, width in ((4096, 20), (256, 30522), (2048, 30522), (128, 262144))
 ]
 
+GPU_ROWS = [RowPairCase(16384, 768, dtype=torch.bfloat16, modes=BOTH, compiled=True)]
+
+QUICK_ON_GPU: dict[str, list[Case]] = {
+    "entropy": [LogitsCase(65536, 1000, dtype=torch.bfloat16, modes=BOTH)],
+    "exit_decision": [
+        *(LogitsCase(batch, 2) for batch in (64, 4096)),
+        LogitsCase(4096, 20),
+        LogitsCase(64, 2, overhead=True),
+    ],
+    "compact": [HiddenCase(512, 128, dtype=torch.bfloat16), HiddenCase(512, 128, packed=True)],
+    "cosine_loss": [*GPU_ROWS],
+    "normalized_mse": [*GPU_ROWS],
+    "feature_map_transfer": [*GPU_ROWS],
+    "kl_div_logits": [RowPairCase(2048, 30522, dtype=torch.bfloat16, modes=BOTH, compiled=True)],
+}
+
 CASES: dict[str, dict[Scope, list[Case]]] = {
     "entropy": {"quick": [*ENTROPY_QUICK], "full": [*ENTROPY_FULL]},
     "exit_decision": {"quick": [*EXIT_DECISION_QUICK], "full": [*EXIT_DECISION_FULL]},
@@ -151,5 +167,7 @@ CASES: dict[str, dict[Scope, list[Case]]] = {
 
 
 def cases(op: str, scope: Scope, device: str) -> list[Case]:
-    """The same on every device; none over lengths."""
+    """None over lengths."""
+    if (scope, device) == ("quick", "cuda"):
+        return QUICK_ON_GPU[op]
     return CASES[op].get(scope, [])

@@ -285,6 +285,60 @@ def full(device: str) -> list[HeadCase]:
     return [*real, *synthetic, *head_dims, *half, OVERHEAD]
 
 
+GPU_TOKENS = 16384
+GPU_MODES: tuple[Mode, ...] = ("forward", "backward")
+
+
+def on_gpu(length: int, **options: Any) -> HeadCase:
+    """BERT-base in bf16, at 16384 tokens unless ``options`` say another batch."""
+    tokens = {"batch": GPU_TOKENS // length, "dtype": torch.bfloat16, "modes": GPU_MODES}
+    return HeadCase(length, **{**tokens, **options})
+
+
+QUICK_ON_GPU = {
+    "attention": [
+        on_gpu(512, compiled=True),
+        on_gpu(512, padding=0.5, compiled=True),
+        on_gpu(128),
+        on_gpu(2048),
+        on_gpu(8192),
+        on_gpu(512, batch=128),
+        on_gpu(512, head_dim=32),
+        on_gpu(512, head_dim=128),
+        replace(OVERHEAD, dtype=torch.bfloat16),
+    ],
+    "attention_with_scores": [
+        on_gpu(512, modes=("forward", "both"), compiled=True),
+        on_gpu(512, padding=0.5, modes=("forward", "both")),
+        on_gpu(128, modes=("forward", "both")),
+        on_gpu(2048, modes=("forward", "both")),
+        replace(OVERHEAD, dtype=torch.bfloat16, modes=("forward",)),
+    ],
+    "attention_score_mse": [
+        on_gpu(128, modes=("both",), compiled=True),
+        on_gpu(512, modes=("both",), compiled=True),
+        on_gpu(2048, modes=("both",), compiled=True, chunked=True),
+        on_gpu(8192, modes=("both",), chunked=True),
+        replace(OVERHEAD, dtype=torch.bfloat16, modes=("forward",)),
+    ],
+    "attention_kl": [
+        on_gpu(128, compiled=True),
+        on_gpu(512, compiled=True),
+        on_gpu(1024),
+        on_gpu(2048, compiled=True, chunked=True),
+        on_gpu(8192, chunked=True),
+        replace(OVERHEAD, dtype=torch.bfloat16, modes=("forward",)),
+    ],
+    "relation_kl": [
+        on_gpu(128, compiled=True),
+        on_gpu(512, compiled=True),
+        on_gpu(1024),
+        on_gpu(2048, compiled=True, chunked=True),
+        on_gpu(512, heads=48, head_dim=16),
+        replace(OVERHEAD, dtype=torch.bfloat16, modes=("forward",)),
+    ],
+}
+
 MINILM_V2 = HeadCase(512, batch=1, heads=48, head_dim=8, head_dim_t=16, modes=("both",))  # widths 384 and 768
 
 QUICK_LOSSES = [
@@ -338,6 +392,8 @@ def full_losses() -> list[HeadCase]:
 
 
 def cases(op: str, scope: Scope, device: str) -> list[HeadCase]:
+    if (scope, device) == ("quick", "cuda"):
+        return QUICK_ON_GPU[op]
     if op in ("attention", "attention_with_scores"):
         quick = QUICK if op == "attention" else QUICK_WITH_SCORES
         return {"quick": quick, "lengths": [], "full": full(device)}[scope]

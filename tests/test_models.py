@@ -300,7 +300,7 @@ def test_position_table_overflow(family, longest):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: values are not looked at there")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_position_table_overflow_off_the_cpu(family):
+def test_position_table_overflow_on_cuda(family):
     model = our_model(family).cuda()
     message = "position_ids must be from 0 to 31" if family == "roberta" else "position must have a row"
     with pytest.raises(ValueError, match=message):
