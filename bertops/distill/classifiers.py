@@ -1,8 +1,8 @@
-"""Classifiers in folders: read with their labels and tokenizer, cut to students, written for transformers."""
+"""Models in folders: read with their labels and tokenizer, and written for transformers."""
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -11,22 +11,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bertops._files import write_whole
-from bertops.distill.initialize import init_student_from_teacher
-from bertops.distill.settings import StudentSettings
 from bertops.models import (
     AlbertForMaskedLM,
     AlbertForSequenceClassification,
+    AlbertModel,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertModel,
     BiLSTMClassifier,
     FastBert,
     MobileBertForMaskedLM,
     MobileBertForSequenceClassification,
+    MobileBertModel,
     bilstm,
     fastbert,
-    sizes,
 )
-from bertops.models.checkpoint import CONFIG, Checkpoint, read_json, resolve_folder, weight_files
+from bertops.models.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    read_json,
+    resolve_folder,
+    source_names,
+    weight_files,
+)
 from bertops.models.config import EncoderConfig, config_from_hf
 
 if TYPE_CHECKING:
@@ -40,17 +47,27 @@ CLASSIFIERS: tuple[Any, ...] = (
     MobileBertForSequenceClassification,
 )
 MASKED_LMS: tuple[Any, ...] = (BertForMaskedLM, AlbertForMaskedLM, MobileBertForMaskedLM)
-
-LayerMap = Callable[[int, int], Sequence[int]]
+ENCODERS: tuple[Any, ...] = (BertModel, AlbertModel, MobileBertModel)
 
 
 def load_encoder(model: str | Path, labels: Sequence[str], seed: int) -> Any:
     """A pretrained encoder with a new head for ``labels``."""
     folder = resolve_folder(model)
     torch.manual_seed(seed)
-    return classifier_class(encoder_config(folder)).from_pretrained(
+    return class_of(encoder_config(folder), CLASSIFIERS).from_pretrained(
         folder, new_head=True, num_labels=len(labels)
     )
+
+
+def load_student(model: str | Path, labels: Sequence[str], seed: int) -> Any:
+    """A classifier, or an encoder that was distilled before the task, with a new head."""
+    known = has_classifier(resolve_folder(model))
+    return load_classifier(model, labels) if known else load_encoder(model, labels, seed)
+
+
+def new_classifier(config: EncoderConfig, labels: Sequence[str]) -> Any:
+    config = replace(config, num_labels=len(labels))
+    return class_of(config, CLASSIFIERS)(config)
 
 
 def load_classifier(model: str | Path, labels: Sequence[str]) -> Any:
@@ -62,31 +79,57 @@ def load_classifier(model: str | Path, labels: Sequence[str]) -> Any:
     folder = resolve_folder(model)
     config = read_json(folder / CONFIG)
     check_labels(folder, config, labels)
+    if not has_classifier(folder):
+        raise ValueError(
+            f"{folder} has no classifier, only an encoder: fine-tune it first, with "
+            f"python -m bertops finetune --model {model} --data ..."
+        )
     if config.get("model_type") == bilstm.MODEL_TYPE:
         return BiLSTMClassifier.from_pretrained(folder)
     if (folder / fastbert.EXITS).exists():
         return FastBert.from_pretrained(folder)
+    return class_of(encoder_config(folder), CLASSIFIERS).from_pretrained(folder)
+
+
+def has_classifier(folder: Path) -> bool:
+    if (
+        read_json(folder / CONFIG).get("model_type") == bilstm.MODEL_TYPE
+        or (folder / fastbert.EXITS).exists()
+    ):
+        return True
     with Checkpoint(folder, EncoderConfig) as checkpoint:
-        if not any(name.startswith("classifier.") for name in checkpoint.names()):
-            raise ValueError(
-                f"{folder} has no classifier, only an encoder: fine-tune it first, with "
-                f"python -m bertops finetune --model {model} --data ..."
-            )
-    return classifier_class(encoder_config(folder)).from_pretrained(folder)
+        return any(name.startswith("classifier.") for name in checkpoint.names())
 
 
 def load_masked_lm(folder: Path) -> Any:
     """A masked language model in evaluation mode.
 
     Raises:
-        ValueError: the folder holds none; names what is missing.
+        ValueError: the folder holds none.
     """
-    config = encoder_config(folder)
-    return next(cls for cls in MASKED_LMS if isinstance(config, cls.config_class)).from_pretrained(folder)
+    with Checkpoint(folder, EncoderConfig) as checkpoint:
+        config = checkpoint.config
+        (head,) = source_names("head.dense.weight", config)
+        if head not in checkpoint:
+            raise ValueError(f"{folder} has no masked language model's head: it lacks {head}")
+    return class_of(config, MASKED_LMS).from_pretrained(folder)
 
 
-def classifier_class(config: EncoderConfig) -> Any:
-    return next(cls for cls in CLASSIFIERS if isinstance(config, cls.config_class))
+def new_masked_lm(config: EncoderConfig) -> Any:
+    return class_of(config, MASKED_LMS)(config)
+
+
+def load_bare_encoder(folder: Path) -> Any:
+    """The encoder of any model, without a pooler, in evaluation mode."""
+    return class_of(encoder_config(folder), ENCODERS).from_pretrained(folder, pooler=False)
+
+
+def new_encoder(config: EncoderConfig) -> Any:
+    return class_of(config, ENCODERS)(replace(config, pooler=False))
+
+
+def class_of(config: EncoderConfig, classes: Sequence[Any]) -> Any:
+    return next(cls for cls in classes if isinstance(config, cls.config_class))
 
 
 def encoder_config(folder: Path) -> EncoderConfig:
@@ -120,58 +163,6 @@ def _nameless(labels: Sequence[str]) -> bool:
     return all(label == f"LABEL_{i}" for i, label in enumerate(labels))
 
 
-def new_student(teacher: Any, settings: StudentSettings, labels: Sequence[str], start: LayerMap) -> Any:
-    """The student of ``settings``, in training mode; see :func:`cut` and :func:`sized`.
-
-    Args:
-        teacher: what it learns from.
-        settings: also the seed of what starts at random, the head at least.
-        labels: of the task.
-        start: the recipe's choice of teacher layers, from the numbers of layers of student and teacher.
-
-    Raises:
-        ValueError: no such size, or the student does not fit the teacher; says what.
-    """
-    torch.manual_seed(settings.seed)
-    if settings.student:
-        return load_classifier(settings.student, labels).train()
-    if settings.size:
-        return sized(settings.size, teacher.config, labels)
-    return cut(teacher, settings.layers, settings.start, labels, start)
-
-
-def cut(model: Any, count: int, chosen: str, labels: Sequence[str], start: LayerMap) -> Any:
-    """A model with a new head on ``count`` layers of ``model``: the ``chosen``, or those that ``start`` maps.
-
-    Args:
-        chosen: layers counted from 1, such as ``2,4,6``, or nothing.
-    """
-    if count < 1:
-        raise ValueError(f"layers must be at least 1, got {count}")
-    try:
-        layers = [int(number) for number in chosen.split(",")] if chosen else None
-    except ValueError:
-        raise ValueError(f"start must be layers such as 2,4,6, got {chosen!r}") from None
-    config = replace(model.config, num_hidden_layers=count, num_labels=len(labels))
-    student = classifier_class(config)(config)
-    init_student_from_teacher(student, model, layers or start(count, len(model.encoder.layers)))
-    return student.train()
-
-
-def sized(name: str, teacher: EncoderConfig, labels: Sequence[str]) -> Any:
-    """A model of a published size with random weights that reads the teacher's tokens."""
-    known = {key: value for key, value in vars(sizes).items() if isinstance(value, EncoderConfig)}
-    if name not in known:
-        raise ValueError(f"size must be one of {', '.join(known)}, got {name!r}")
-    config = replace(
-        known[name],
-        vocab_size=teacher.vocab_size,
-        pad_token_id=teacher.pad_token_id,
-        num_labels=len(labels),
-    )
-    return classifier_class(config)(config).train()
-
-
 def read_tokenizer(folder: Path, config: Any, max_length: int) -> "Tokenizer":
     """The folder's tokenizer, which cuts at ``max_length`` and pads nothing.
 
@@ -187,12 +178,16 @@ def read_tokenizer(folder: Path, config: Any, max_length: int) -> "Tokenizer":
     size = tokenizer.get_vocab_size()
     if size > config.vocab_size:
         raise ValueError(f"{folder / TOKENIZER} has {size} tokens, the model {config.vocab_size}")
-    longest = getattr(config, "max_position_embeddings", max_length) - getattr(config, "position_offset", 0)
-    if max_length > longest:
-        raise ValueError(f"max_length must be at most the model's {longest} positions, got {max_length}")
+    check_length(config, max_length)
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     return tokenizer
+
+
+def check_length(config: Any, max_length: int) -> None:
+    longest = getattr(config, "max_position_embeddings", max_length) - getattr(config, "position_offset", 0)
+    if max_length > longest:
+        raise ValueError(f"max_length must be at most the model's {longest} positions, got {max_length}")
 
 
 def same_tokens(folder: Path, other: Path) -> None:
@@ -211,9 +206,13 @@ def save_classifier(model: Any, folder: Path, labels: Sequence[str], tokenizer_o
     config["id2label"] = {str(i): label for i, label in enumerate(labels)}
     config["label2id"] = {label: i for i, label in enumerate(labels)}
     write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    copy_tokenizer(tokenizer_of, folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in (TOKENIZER, *BESIDE_IT):
-        if (tokenizer_of / name).exists():
-            shutil.copyfile(tokenizer_of / name, folder / name)
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 def weights_digest(folder: Path) -> str:

@@ -1,6 +1,8 @@
 """Fine-tuning: a pretrained encoder, or some of its layers, learns a task from its labels."""
 
-from bertops.distill import classifiers, layer_map
+from functools import partial
+
+from bertops.distill import classifiers, layer_map, students
 from bertops.distill.objective import Classification
 from bertops.distill.settings import FinetuneSettings
 from bertops.distill.work import Work
@@ -14,9 +16,10 @@ def finetune(work: Work, options: FinetuneSettings) -> Outcome:
     """
     labels = work.task.labels
     model = classifiers.load_encoder(work.model, labels, options.seed)
+    build = partial(classifiers.new_classifier, labels=labels)
     if options.size:
-        model = classifiers.sized(options.size, model.config, labels)
+        model = students.sized(options.size, model.config, build)
     elif options.layers:
-        model = classifiers.cut(model, options.layers, options.start, labels, layer_map.uniform)
+        model = students.cut(model, options.layers, options.start, build, layer_map.uniform)
     work.open(work.plan())
     return work.last_stage(Classification(model))

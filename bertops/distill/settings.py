@@ -6,29 +6,30 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from bertops._backend import CHOICES
+from bertops.pretraining import settings as pretraining
 from bertops.pretraining.settings import setting
 
 if TYPE_CHECKING:
     from bertops.training import Plan
 
+PACKINGS = ("full", "doc")  # FULL-SENTENCES and DOC-SENTENCES of RoBERTa
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all stages of a run have in common, and the length of the last one.
+    """What all stages of a run have in common, on a task and on plain text, and the steps of the last one.
 
     Raises:
         ValueError, TypeError: a number is out of range, or of another type than its default; names it.
     """
 
-    epochs: float = setting(3.0, "of the task's texts, in the last stage")
-    steps: int = setting(0, "of the last stage, in place of epochs")
+    steps: int = setting(0, "of the last stage; on a task in place of epochs")
     learning_rate: float = setting(5e-5, "of the last stage, its peak")
     batch_size: int = setting(32, "texts of a micro-batch in each process")
     accumulation: int = setting(1, "micro-batches of a step")
     warmup: float = setting(0.1, "share of the steps over which the rate rises; it then falls to 0")
     weight_decay: float = setting(0.01, "of matrices")
     max_length: int = setting(128, "most tokens of a text, special ones included")
-    train_texts: int = setting(0, "only so many of the task's first training texts; 0 for all")
     bf16: bool = setting(False, "run in bfloat16 where that is safe (autocast)")
     impl: str = setting("auto", f"of the ops of bertops: {', '.join(CHOICES)}")
     evaluate_every: int = setting(200, "steps between evaluations")
@@ -56,21 +57,11 @@ class Settings:
                 f"got {self.batch_size} and {self.max_length}"
             )
 
-    def plan(
-        self,
-        texts: int,
-        epochs: float | None = None,
-        steps: int | None = None,
-        learning_rate: float | None = None,
-        **optimizer: Any,
-    ) -> "Plan":
-        """Of a stage over ``texts``; what is left out is the last stage's, ``optimizer`` goes to AdamW."""
+    def plan(self, steps: int | None = None, learning_rate: float | None = None, **optimizer: Any) -> "Plan":
+        """Of a stage; what is left out is the last stage's, ``optimizer`` goes to AdamW."""
         from bertops.training import AdamW, Plan  # needs accelerate, which the command line may lack
 
-        processes = int(os.environ.get("WORLD_SIZE", 1))
         steps = self.steps if steps is None else steps
-        epochs = self.epochs if epochs is None else epochs
-        steps = steps or math.ceil(epochs * texts / (self.batch_size * self.accumulation * processes))
         rate = self.learning_rate if learning_rate is None else learning_rate
         return Plan(
             steps=steps,
@@ -86,7 +77,22 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneSettings(Settings):
+class TaskSettings(Settings):
+    """Those of a run on a task, whose stages may be counted in epochs."""
+
+    epochs: float = setting(3.0, "of the task's texts, in the last stage")
+    train_texts: int = setting(0, "only so many of the task's first training texts; 0 for all")
+
+    def steps_of(self, texts: int, epochs: float | None = None, steps: int | None = None) -> int:
+        """Of a stage over ``texts``; what is left out is the last stage's."""
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        steps = self.steps if steps is None else steps
+        epochs = self.epochs if epochs is None else epochs
+        return steps or math.ceil(epochs * texts / (self.batch_size * self.accumulation * processes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(TaskSettings):
     """Of plain fine-tuning: the whole model by default."""
 
     layers: int = setting(0, "keep so many of the model's layers; 0 for all")
@@ -95,7 +101,7 @@ class FinetuneSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentSettings(Settings):
+class StudentChoice(Settings):
     """Which student: layers of the teacher, a published size, or a model that exists."""
 
     layers: int = setting(3, "of a student that is the teacher with fewer of them")
@@ -107,3 +113,23 @@ class StudentSettings(Settings):
         super().__post_init__()
         if self.size and self.student:
             raise ValueError(f"size and student exclude each other, got {self.size!r} and {self.student!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSettings(StudentChoice, TaskSettings):
+    """Of a student that learns a task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(StudentChoice, pretraining.TextSettings):
+    """Of a student that learns from plain text, before any task."""
+
+    steps: int = setting(7000, "updates of the parameters, in the last stage")
+    weight_decay: float = setting(0.0, "of matrices")
+    packing: str = setting("full", "sequences of whole lines: full, over the ends of documents, or doc")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pretraining.TextSettings.__post_init__(self)
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, got {self.packing!r}")

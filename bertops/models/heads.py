@@ -141,8 +141,12 @@ class MaskedLMHead(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
         self.activation = ACTIVATIONS["gelu" if config.family == "roberta" else config.hidden_act]
 
+    def transform(self, hidden: Tensor) -> Tensor:
+        """(..., width of the decoder): what the decoder takes."""
+        return self.norm(self.activation(self.dense(hidden)))
+
     def forward(self, hidden: Tensor, decoder: Tensor) -> Tensor:
-        return F.linear(self.norm(self.activation(self.dense(hidden))), decoder, self.bias)
+        return F.linear(self.transform(hidden), decoder, self.bias)
 
 
 class MaskedLM(WithHead):

@@ -21,7 +21,7 @@ def masked_lm_sums(model: MaskedLM, hidden: Tensor, labels: Tensor) -> dict[str,
     """
     rows = (labels.flatten() != IGNORED).nonzero().squeeze(1)
     target = labels.flatten()[rows]
-    logits = model.head(hidden.flatten(0, 1)[rows], model.encoder.embeddings.word.weight).float()
+    logits = model.head(hidden.flatten(0, 1)[rows], model.decoder_weight()).float()
     return {
         "mlm": F.cross_entropy(logits, target, reduction="sum"),
         "mlm_accuracy": (logits.detach().argmax(1) == target).sum(),

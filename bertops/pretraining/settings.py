@@ -12,11 +12,30 @@ def setting(default: Any, text: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Sizes and rates that RoBERTa and ALBERT have in common; each field says what it is in its ``help``.
+class TextSettings:
+    """What is masked of a text, and held out of it, in pretraining and in distillation.
 
     Raises:
         ValueError: ``masking`` is unknown, or ``held_out`` is no share.
+    """
+
+    masking: str = setting("dynamic", "dynamic: new masks every epoch; static: those of the first one")
+    mask_prob: float = setting(0.15, "share of the tokens to predict")
+    held_out: float = setting(0.05, "share of the documents that only the evaluation sees")
+
+    def __post_init__(self) -> None:
+        if self.masking not in ("dynamic", "static"):
+            raise ValueError(f"masking must be dynamic or static, got {self.masking!r}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be from 0 to below 1, got {self.held_out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TextSettings):
+    """Sizes and rates that RoBERTa and ALBERT have in common; each field says what it is in its ``help``.
+
+    Raises:
+        ValueError: as :class:`TextSettings`, or ``warmup`` is no share.
     """
 
     vocab_size: int = setting(4000, "of the tokenizer that is trained on the text")
@@ -28,8 +47,6 @@ class Settings:
     dropout: float = setting(
         0.0, "of embeddings, attention and feed-forward; the papers' is 0.1, of ALBERT v2 0"
     )
-    masking: str = setting("dynamic", "dynamic: new masks every epoch; static: those of the first one")
-    mask_prob: float = setting(0.15, "share of the tokens to predict")
     steps: int = setting(7000, "updates of the parameters")
     batch_size: int = setting(16, "sequences of a micro-batch in each process")
     accumulation: int = setting(1, "micro-batches of a step")
@@ -37,18 +54,15 @@ class Settings:
     warmup: float = setting(0.1, "share of the steps over which the rate rises")
     weight_decay: float = setting(0.01, "of matrices")
     bf16: bool = setting(False, "run in bfloat16 where that is safe (autocast)")
-    held_out: float = setting(0.05, "share of the documents that only the evaluation sees")
     evaluate_every: int = setting(500, "steps between evaluations")
     checkpoint_every: int = setting(500, "steps between checkpoints")
     log_every: int = setting(50, "steps between lines of metrics.jsonl")
     seed: int = setting(0, "of the split, the order, the masks, the start and dropout")
 
     def __post_init__(self) -> None:
-        if self.masking not in ("dynamic", "static"):
-            raise ValueError(f"masking must be dynamic or static, got {self.masking!r}")
-        for name in ("held_out", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
+        super().__post_init__()
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be from 0 to below 1, got {self.warmup}")
 
     def plan(self) -> "Plan":
         """RoBERTa's optimizer and schedule: Adam with beta2 = 0.98, linear warm-up and decay (appendix B)."""

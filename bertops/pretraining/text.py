@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,22 +75,51 @@ def prepare(text: PathLike, folder: Path, source: dict[str, Any], kind: Kind, se
     Raises:
         ValueError: ``folder`` was made from another text or with other settings; says which.
     """
-    documents = source["documents"]
     made_of = {
         "text": source["sha256"],
         "tokenizer": kind,
         **{name: getattr(settings, name) for name in ("vocab_size", "held_out", "seed")},
     }
+
+    def trained(train: Path) -> Tokenizer:
+        return train_tokenizer(train, settings.vocab_size, kind)
+
+    return _prepare(text, folder, source["documents"], made_of, trained)
+
+
+def prepare_for(
+    tokenizer: Tokenizer,
+    text: PathLike,
+    folder: Path,
+    source: dict[str, Any],
+    *,
+    held_out: float,
+    seed: int,
+) -> Text:
+    """The same with a tokenizer that exists, such as a teacher's."""
+    digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    made_of = {"text": source["sha256"], "tokenizer": digest, "held_out": held_out, "seed": seed}
+    return _prepare(text, folder, source["documents"], made_of, lambda train: tokenizer)
+
+
+def _prepare(
+    text: PathLike,
+    folder: Path,
+    documents: int,
+    made_of: dict[str, Any],
+    tokenizer_of: Callable[[Path], Tokenizer],
+) -> Text:
+    """``tokenizer_of`` makes a tokenizer of the file of the training documents."""
     if not folder.exists():
-        count = min(documents - 1, max(1, round(settings.held_out * documents)))
-        held_out = set(np.random.default_rng(settings.seed).permutation(documents)[:count].tolist())
+        count = min(documents - 1, max(1, round(made_of["held_out"] * documents)))
+        held_out = set(np.random.default_rng(made_of["seed"]).permutation(documents)[:count].tolist())
         with whole_folder(folder) as temporary:
             for part, chosen in ((TRAIN, False), (HELD_OUT, True)):
                 with (temporary / f"{part}.txt").open("w", encoding="utf-8") as file:
                     for number, document in enumerate(read_documents(text)):
                         if (number in held_out) == chosen:
                             file.write("\n".join(document) + "\n\n")
-            tokenizer = train_tokenizer(temporary / f"{TRAIN}.txt", settings.vocab_size, kind)
+            tokenizer = tokenizer_of(temporary / f"{TRAIN}.txt")
             tokenizer.save(str(temporary / TOKENIZER))
             (temporary / MADE_OF).write_text(json.dumps(made_of, indent=1) + "\n")
             for part in (TRAIN, HELD_OUT):
@@ -134,10 +164,16 @@ def save_tokenizer(corpus: Text, folder: Path, single: str, pair: str) -> None:
 def describe(text: PathLike, corpus: Text, settings: Settings, model: nn.Module, entropy: float) -> str:
     """For the model card."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    train, held_out = corpus.train, corpus.held_out
     return (
         f"{parameters:,} parameters, {settings.steps:,} steps with {settings.masking} masking on "
-        f"`{Path(text).name}`: {train.num_documents:,} documents of {train.num_tokens:,} tokens, beside "
-        f"{held_out.num_documents:,} held out of {held_out.num_tokens:,}. A model that knows only how "
+        f"{describe_text(text, corpus)}. A model that knows only how "
         f"frequent tokens are has a held-out loss of {entropy:.3f} nats, the unigram entropy."
+    )
+
+
+def describe_text(text: PathLike, corpus: Text) -> str:
+    train, held_out = corpus.train, corpus.held_out
+    return (
+        f"`{Path(text).name}`: {train.num_documents:,} documents of {train.num_tokens:,} tokens, beside "
+        f"{held_out.num_documents:,} held out of {held_out.num_tokens:,}"
     )

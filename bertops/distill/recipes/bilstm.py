@@ -9,7 +9,7 @@ from bertops.data.augmentation import TangAugmentation
 from bertops.distill.data import Batch, inputs
 from bertops.distill.losses import DistilledBiLSTMLoss, Term
 from bertops.distill.objective import SAMPLES, Distillation, answers, correct
-from bertops.distill.settings import Settings
+from bertops.distill.settings import TaskSettings
 from bertops.distill.work import Work
 from bertops.models import BiLSTMClassifier, BiLSTMConfig
 from bertops.models.bilstm import CHANNELS
@@ -18,7 +18,7 @@ from bertops.training import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Settings):
+class Options(TaskSettings):
     learning_rate: float = setting(1e-3, "its peak")
     hidden_size: int = setting(150, "of the LSTM, in each direction")
     dense_size: int = setting(200, "of the layer before the logits")
@@ -69,4 +69,4 @@ def distill(work: Work, options: Options) -> Outcome:
     augmentation = TangAugmentation(work.task.train.all_texts(), work.mask_token, seed=options.seed)
     rows = work.augmented(augmentation, options.augment)
     work.open(work.plan(rows))
-    return work.last_stage(Logits(student, teacher, options.alpha), rows)
+    return work.last_stage(Logits(student, teacher, options.alpha), work.stream(rows))

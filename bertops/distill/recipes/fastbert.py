@@ -10,7 +10,7 @@ from bertops.distill.data import Batch, inputs
 from bertops.distill.losses import Term, self_distillation_loss
 from bertops.distill.losses.terms import cross_entropy
 from bertops.distill.objective import SAMPLES, Distillation, correct
-from bertops.distill.settings import Settings
+from bertops.distill.settings import TaskSettings
 from bertops.distill.work import Work
 from bertops.models import FastBert
 from bertops.pretraining.settings import setting
@@ -18,7 +18,7 @@ from bertops.training import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Settings):
+class Options(TaskSettings):
     epochs: float = setting(5.0, "of the self-distillation")
     learning_rate: float = setting(2e-4, "of the self-distillation, its peak")
     finetune_epochs: float = setting(3.0, "of the fine-tuning before it")

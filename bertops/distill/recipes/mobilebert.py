@@ -11,7 +11,7 @@ from bertops.distill.initialize import init_ends_from_teacher
 from bertops.distill.losses import MobileBertLayerLoss, ProgressiveTransfer, Term
 from bertops.distill.losses.terms import cross_entropy
 from bertops.distill.objective import SAMPLES, TOKENS, Distillation, answers, correct
-from bertops.distill.settings import Settings
+from bertops.distill.settings import TaskSettings
 from bertops.distill.work import Work
 from bertops.models import MobileBertConfig, MobileBertForSequenceClassification
 from bertops.ops.kl_div_logits import kl_div_logits
@@ -20,7 +20,7 @@ from bertops.training import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Settings):
+class Options(TaskSettings):
     bottleneck: int = setting(128, "width inside the student's layers")
     feed_forward: int = setting(512, "width of its feed-forward networks")
     stacked: int = setting(4, "feed-forward networks of a layer")

@@ -86,5 +86,5 @@ def distill(work: Work, options: Options) -> Outcome:
         steps=options.intermediate_steps,
         learning_rate=options.intermediate_rate,
     )
-    work.stage("intermediate", Intermediate(student, teacher), intermediate, rows)
-    return work.last_stage(Prediction(student, teacher, options.temperature), rows)
+    work.stage("intermediate", Intermediate(student, teacher), intermediate, work.stream(rows))
+    return work.last_stage(Prediction(student, teacher, options.temperature), work.stream(rows))
