@@ -16,6 +16,8 @@ SYSTEMS = ("bilstm", "distilbert", "fastbert", "minilm", "mobilebert", "pkd", "t
 NEEDS = ("accelerate", "tqdm", "matplotlib", "tokenizers", "safetensors")
 EVAL_NEEDS = ("tokenizers", "safetensors")
 DATA = "folder with train.tsv, dev.tsv and labels.txt, or a data set of the hub such as glue/sst2"
+TEACHER = "folder or hub id: on a task a fine-tuned classifier, on plain text a pretrained model"
+TEXT = "in place of --data: a file or a folder of *.txt, a sentence a line, an empty line between documents"
 OUT = "folder of the run; the same command goes on with it"
 
 
@@ -31,8 +33,9 @@ def add_finetune(commands: Any) -> None:
 def add_distill(commands: Any) -> None:
     parser = commands.add_parser(
         "distill",
-        help="a small student learns a task from a fine-tuned teacher, by the recipe of a paper",
-        epilog="python -m bertops distill SYSTEM --help lists a recipe's options",
+        help="a small student learns a task, or plain text, from its teacher, by the recipe of a paper",
+        epilog="python -m bertops distill SYSTEM --help lists a recipe's options on a task, "
+        "distill SYSTEM --text FILE --help those on plain text",
     )
     parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="of the recipe")
@@ -58,12 +61,21 @@ def add_eval(commands: Any) -> None:
 
 def add_run_options(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
     """Flags of a run; those that are not given stay out of the namespace, for the file to say."""
+    add_places(parser)
+    add_settings(parser, settings)
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
     unset: Any = argparse.SUPPRESS
     parser.add_argument("--data", default=unset, help=DATA)
     parser.add_argument("--out", default=unset, help=OUT)
     parser.add_argument("--config", metavar="FILE.yaml", type=Path, help="options by name; flags win")
     for flag, text in (("--cpu", "stay on the CPU where there is a GPU"), ("--quiet", "show no progress")):
         parser.add_argument(flag, action="store_true", default=unset, help=text)
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
+    unset: Any = argparse.SUPPRESS
     for entry in fields(settings):
         flag, text = (
             "--" + entry.name.replace("_", "-"),
@@ -81,8 +93,8 @@ def finetune(options: argparse.Namespace) -> int:
         from bertops.distill.finetune import finetune
         from bertops.distill.work import Work
 
-        settings = settings_of(FinetuneSettings, given, "model")
-        with Work("finetune", given["model"], settings=settings, **places_of(given)) as work:
+        settings = settings_of(FinetuneSettings, given, ("model", "data", "out"))
+        with Work("finetune", given["model"], given["data"], given["out"], settings, **shown(given)) as work:
             finetune(work, settings)
 
     return attempt("finetune", NEEDS, lambda: start(given_options(options)))
@@ -92,19 +104,38 @@ def distill(options: argparse.Namespace) -> int:
     system = options.system
 
     def start() -> None:
+        from bertops.distill.text import TextWork
         from bertops.distill.work import Work
 
         recipe = import_module(f"bertops.distill.recipes.{system}")
+        places = argparse.ArgumentParser(add_help=False)
+        places.add_argument("--teacher", default=argparse.SUPPRESS, help=TEACHER)
+        places.add_argument("--text", default=argparse.SUPPRESS, help=TEXT)
+        add_places(places)
+        on_text = "text" in given_options(places.parse_known_args(options.options)[0])
+        if on_text and not hasattr(recipe, "TextOptions"):
+            raise ValueError(f"{system} learns a task, not plain text: give --data in place of --text")
+        kind = recipe.TextOptions if on_text else recipe.Options
         description = (recipe.__doc__ or "").partition("\n")[0]
-        parser = argparse.ArgumentParser(prog=f"python -m bertops distill {system}", description=description)
-        parser.add_argument(
-            "--teacher", default=argparse.SUPPRESS, help="folder or hub id of a fine-tuned classifier"
+        parser = argparse.ArgumentParser(
+            prog=f"python -m bertops distill {system}", description=description, parents=[places]
         )
-        add_run_options(parser, recipe.Options)
+        add_settings(parser, kind)
         given = given_options(parser.parse_args(options.options))
-        settings = settings_of(recipe.Options, given, "teacher")
-        with Work(system, given["teacher"], settings=settings, **places_of(given)) as work:
-            recipe.distill(work, settings)
+        if ("data" in given) == on_text:
+            came = "both" if on_text else "neither"
+            raise ValueError(f"give --data, a task, or --text, plain text: one of them, got {came}")
+        settings = settings_of(kind, given, ("teacher", "text" if on_text else "data", "out"))
+        if on_text:
+            with TextWork(
+                system, given["teacher"], given["text"], given["out"], settings, **shown(given)
+            ) as work:
+                recipe.distill_text(work, settings)
+        else:
+            with Work(
+                system, given["teacher"], given["data"], given["out"], settings, **shown(given)
+            ) as work:
+                recipe.distill(work, settings)
 
     return attempt(f"distill {system}", NEEDS, start)
 
@@ -165,9 +196,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
-def settings_of(kind: type[Settings], given: dict[str, Any], model: str) -> Any:
-    """Raises ValueError where ``model``, data or out is not given, or an option is unknown; names it."""
-    places = (model, "data", "out")
+def settings_of(kind: type[Settings], given: dict[str, Any], places: tuple[str, ...]) -> Any:
+    """Raises ValueError where one of ``places`` is not given, or an option is unknown; names it."""
     missing = [name for name in places if given.get(name) is None]
     if missing:
         raise ValueError(f"--{missing[0]} must be given, as a flag or in the file of --config")
@@ -178,10 +208,8 @@ def settings_of(kind: type[Settings], given: dict[str, Any], model: str) -> Any:
     return kind(**{name: value for name, value in given.items() if name in names})
 
 
-def places_of(given: dict[str, Any]) -> dict[str, Any]:
-    """What a run takes beside model and settings."""
-    shown = {name: bool(given.get(name, False)) for name in ("cpu", "quiet")}
-    return {"data": given["data"], "out": given["out"], **shown}
+def shown(given: dict[str, Any]) -> dict[str, bool]:
+    return {name: bool(given.get(name, False)) for name in ("cpu", "quiet")}
 
 
 def table(found: dict[str, Any]) -> str:

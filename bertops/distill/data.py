@@ -122,13 +122,17 @@ def pad(
 
 def inputs(model: Any, batch: Batch) -> dict[str, Any]:
     """What ``model`` takes of a batch: token types only where it knows more than one, no padding inside."""
-    ids, mask = batch["input_ids"], batch["mask"]
-    if getattr(model.config, "pair", False):  # a BiLSTM reads the two texts apart
-        second = batch["token_type_ids"] == 1
-        return {"input_ids": ids, "mask": mask & ~second, "pair_ids": ids, "pair_mask": mask & second}
-    given: dict[str, Any] = {"input_ids": ids, "mask": mask}
-    if isinstance(model, Pretrained):
-        given["unpad"] = len(mask) > 1
+    ids = batch["input_ids"]
+    if "cu_seqlens" in batch:  # plain text comes packed
+        given: dict[str, Any] = {"input_ids": ids, "cu_seqlens": batch["cu_seqlens"]}
+    else:
+        mask = batch["mask"]
+        if getattr(model.config, "pair", False):  # a BiLSTM reads the two texts apart
+            second = batch["token_type_ids"] == 1
+            return {"input_ids": ids, "mask": mask & ~second, "pair_ids": ids, "pair_mask": mask & second}
+        given = {"input_ids": ids, "mask": mask}
+        if isinstance(model, Pretrained):
+            given["unpad"] = len(mask) > 1
     if "token_type_ids" in batch and getattr(model.config, "type_vocab_size", 0) > 1:
         given["token_type_ids"] = batch["token_type_ids"]
     return given

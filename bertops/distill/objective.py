@@ -7,17 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from bertops.distill.data import Batch, inputs
-from bertops.distill.losses.terms import Term, cross_entropy
+from bertops.distill.losses.terms import IGNORED_LABEL, Term, cross_entropy
 from bertops.training import Objective
 
-SAMPLES, TOKENS, PAIRS = "samples", "tokens", "pairs"  # what a term may be over
+SAMPLES, TOKENS, PAIRS, LABELS = "samples", "tokens", "pairs", "labels"  # what a term may be over
 
 
 class Distillation(Objective):
     """A student learns from a frozen teacher; a recipe says by which :class:`~bertops.distill.losses.Term`.
 
     A recipe defines :meth:`terms` and ``over``: for each of them what its count is proportional to, the
-    batch's samples, its real tokens, or the pairs of real tokens of one text. The loop divides by that number
+    batch's samples, its real tokens, the pairs of real tokens of one text, or the labels that are not -100,
+    which in plain text are the masked words. A batch of plain text is packed: ``input_ids`` and ``labels``
+    (1, T), and ``cu_seqlens``. The loop divides by that number
     over all micro-batches and processes, so that a token weighs the same wherever it stands; the factor
     between it and the term's count, such as heads or widths, goes into the sum. Terms of weight 0 are
     measured and not minimised.
@@ -44,7 +46,7 @@ class Distillation(Objective):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         terms, sizes = self.terms(batch), sizes_of(batch)
         self.weights = {name: term.weight for name, term in terms.items() if term.weight}
-        return {name: term.total * (sizes[self.over[name]] / term.count) for name, term in terms.items()}
+        return {name: term.total * (sizes[self.over[name]] / term.divisor()) for name, term in terms.items()}
 
     def counts(self, batch: Batch) -> dict[str, int]:
         sizes = {name: int(size) for name, size in sizes_of(batch).items()}
@@ -58,9 +60,14 @@ class Distillation(Objective):
 
 
 def sizes_of(batch: Batch) -> dict[str, Any]:
-    """How many samples, real tokens and pairs of real tokens of one text a batch has."""
-    lengths = batch["mask"].sum(1)
-    return {SAMPLES: len(lengths), TOKENS: lengths.sum(), PAIRS: lengths.square().sum()}
+    """How many samples, real tokens, pairs of real tokens of one text, and labels a batch has."""
+    lengths = batch["cu_seqlens"].diff().long() if "cu_seqlens" in batch else batch["mask"].sum(1)
+    return {
+        SAMPLES: len(lengths),
+        TOKENS: lengths.sum(),
+        PAIRS: lengths.square().sum(),
+        LABELS: (batch["labels"] != IGNORED_LABEL).sum(),
+    }
 
 
 def correct(logits: Tensor, labels: Tensor) -> Term:

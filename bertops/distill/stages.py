@@ -80,6 +80,10 @@ class Stages:
         """What it is measured on."""
         raise NotImplementedError
 
+    def baselines(self) -> dict[str, float]:
+        """What to draw beside measures of these names."""
+        return {}
+
     def save(self, student: Any, folder: Path) -> None:
         raise NotImplementedError
 
@@ -122,6 +126,7 @@ class Stages:
             stream,
             evaluate=lambda accelerator, module: measure(accelerator, module, self.held_out()),
             save_model=lambda folder: self.save(student, folder),
+            baselines={key: x for key, x in self.baselines().items() if key in objective.over},
             card=(
                 f"{name}: {title}",
                 f"{parameters:,} parameters, trained by `{self.recipe}` from `{Path(self.model).name}` on "

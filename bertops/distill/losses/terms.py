@@ -22,11 +22,13 @@ class Term:
     count: Tensor | int  # rows, pairs or samples in it
     weight: float = 1.0
 
+    def divisor(self) -> Tensor | int:
+        """``count``, or 1 where nothing was counted."""
+        return self.count.clamp_min(1) if isinstance(self.count, Tensor) else max(1, self.count)
+
     def mean(self) -> Tensor:
         """``total / count``, without the weight; 0 where nothing was counted."""
-        if isinstance(self.count, Tensor):
-            return self.total / self.count.clamp_min(1)
-        return self.total / max(1, self.count)
+        return self.total / self.divisor()
 
 
 def combine(terms: Mapping[str, Term]) -> Tensor:

@@ -1,19 +1,25 @@
-"""DistilBERT on a task: the teacher's answers, the labels, and the direction of the hidden states."""
+"""DistilBERT: the teacher's answers, the labels or masked words, and the direction of the hidden states."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from bertops.distill import layer_map
+from bertops.distill.classifiers import new_masked_lm
 from bertops.distill.data import Batch, inputs
 from bertops.distill.initialize import DISTILBERT_LAYERS
-from bertops.distill.losses import Term
-from bertops.distill.losses.terms import cross_entropy
-from bertops.distill.objective import SAMPLES, TOKENS, Distillation, correct
-from bertops.distill.settings import StudentSettings
+from bertops.distill.losses import DistilBertLoss, Term
+from bertops.distill.losses.distilbert import Decoder
+from bertops.distill.losses.terms import IGNORED_LABEL, cross_entropy
+from bertops.distill.objective import LABELS, SAMPLES, TOKENS, Distillation, correct
+from bertops.distill.settings import StudentSettings, TextSettings
+from bertops.distill.text import TextWork, decoder
 from bertops.distill.work import Work
+from bertops.models.config import EncoderConfig
 from bertops.ops.kl_div_logits import kl_div_logits
 from bertops.ops.row_pair_losses import cosine_loss
 from bertops.pretraining.settings import setting
@@ -26,6 +32,17 @@ class Options(StudentSettings):
     alpha_labels: float = setting(2.0, "weight of the labels")
     alpha_cosine: float = setting(1.0, "weight of the hidden states; 0 for a student of another width")
     temperature: float = setting(2.0, "of the answers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(TextSettings):
+    learning_rate: float = setting(5e-4, "its peak")
+    warmup: float = setting(0.05, "share of the steps over which the rate rises; it then falls to 0")
+    alpha_kl: float = setting(5.0, "weight of the teacher's words")
+    alpha_mlm: float = setting(2.0, "weight of the masked words")
+    alpha_cosine: float = setting(1.0, "weight of the hidden states; 0 for a student of another width")
+    temperature: float = setting(2.0, "of the teacher's words")
+    token_types: bool = setting(False, "keep those of a BERT: the student is a BERT and no DistilBERT")
 
 
 class TripleLoss(Distillation):
@@ -55,6 +72,34 @@ class TripleLoss(Distillation):
         return terms
 
 
+class TextTripleLoss(Distillation):
+    """The teacher's words, the masked words, and cosine of the last hidden states over all tokens."""
+
+    over: ClassVar = {"kl": LABELS, "mlm": LABELS, "cosine": TOKENS, "mlm_accuracy": LABELS}
+
+    def __init__(self, student: Any, teacher: Any, options: TextOptions) -> None:
+        super().__init__(student, teacher)
+        self.loss = DistilBertLoss(
+            options.alpha_kl, options.alpha_mlm, options.alpha_cosine, temperature=options.temperature
+        )
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        labels = batch["labels"].flatten()
+        masked = (labels != IGNORED_LABEL).nonzero().squeeze(1)
+
+        def run(model: Any) -> tuple[Decoder, Tensor]:
+            hidden = model.encoder(**inputs(model, batch)).last_hidden_state
+            return decoder(model, hidden.flatten(0, 1)[masked]), hidden
+
+        words_s, hidden_s = run(self.student)
+        with torch.no_grad():
+            words_t, hidden_t = run(self.teacher)
+        terms = self.loss(words_s, words_t, hidden_s, hidden_t, labels[masked])
+        if not self.training:  # the logits once more
+            terms["mlm_accuracy"] = correct(F.linear(*words_s), labels[masked])
+        return terms
+
+
 def start_layers(student_layers: int, teacher_layers: int) -> Sequence[int]:
     """Those of the official code for 6 of 12, the uniform map otherwise."""
     if (student_layers, teacher_layers) == (len(DISTILBERT_LAYERS), DISTILBERT_LAYERS[-1]):
@@ -65,9 +110,9 @@ def start_layers(student_layers: int, teacher_layers: int) -> Sequence[int]:
 def distill(work: Work, options: Options) -> Outcome:
     """One stage on the task; the student has the teacher's width and starts from its layers.
 
-    The paper distils a masked language model on Wikipedia and books
-    (:class:`bertops.distill.losses.DistilBertLoss`), and on a task once more, from a fine-tuned teacher
-    (section 3, "additional distillation step"): this is that step, with the weights of the official README.
+    The paper distils a masked language model on Wikipedia and books (:func:`distill_text`), and on a task
+    once more, from a fine-tuned teacher (section 3, "additional distillation step"): this is that step, with
+    the weights of the official README.
 
     Source: Sanh et al. 2019 (DistilBERT), sections 2 to 4.
     """
@@ -75,3 +120,24 @@ def distill(work: Work, options: Options) -> Outcome:
     student = work.student(teacher, start_layers)
     work.open(work.plan())
     return work.last_stage(TripleLoss(student, teacher, options))
+
+
+def distill_text(work: TextWork, options: TextOptions) -> Outcome:
+    """One stage on plain text; the student starts from the teacher's layers and its head.
+
+    Of a BERT it is a DistilBERT, without token types, of a RoBERTa a RoBERTa with fewer layers. Weights,
+    temperature, rate and optimizer are those of the official code on one GPU. There words are compared at all
+    tokens unless ``restrict_ce_to_mask`` is given; here at the masked ones.
+
+    Source: Sanh et al. 2019 (DistilBERT), sections 2 and 3, and its code, ``distiller.py``.
+    """
+    teacher = work.masked_lm()
+
+    def build(config: EncoderConfig) -> Any:
+        if config.family == "bert" and not options.token_types:
+            config = replace(config, family="distilbert", type_vocab_size=0, attention_output_dropout_p=0.0)
+        return new_masked_lm(config)
+
+    student = work.student(teacher, start_layers, build)
+    work.open(work.plan(betas=(0.9, 0.98), eps=1e-6))
+    return work.last_stage(TextTripleLoss(student, teacher, options))
