@@ -137,6 +137,21 @@ def test_distilbert():
     assert all(x.grad is not None for x in (*student, hidden_s))
 
 
+def test_distilbert_at_the_masked_words_alone():
+    """The official code's ``restrict_ce_to_mask``; without a weight for them hidden states may differ."""
+    hidden_s, hidden_t, labels = randn(BATCH, LENGTH, 6), randn(BATCH, LENGTH, 5), torch.tensor([4, 0])
+    student = Decoder(randn(2, 6, grad=True), randn(VOCAB, 6, grad=True), randn(VOCAB, grad=True))
+    teacher = Decoder(randn(2, 5), randn(VOCAB, 5))
+    loss = losses.DistilBertLoss(alpha_cosine=0.0)
+    terms = loss(student, teacher, hidden_s, hidden_t, labels, MASK)
+    assert list(terms) == ["kl", "mlm"]
+    z_s, z_t = F.linear(*student), F.linear(*teacher)
+    close(terms["kl"], soft_kl(z_s, z_t, 2.0).mean())
+    close(terms["mlm"], F.cross_entropy(z_s, labels))
+    combine(terms).backward()
+    assert all(x.grad.abs().sum() > 0 for x in student)
+
+
 def test_distilbert_without_a_masked_word():
     hidden = randn(BATCH, LENGTH, 6, grad=True)
     decoder = Decoder(hidden, randn(VOCAB, 6))
