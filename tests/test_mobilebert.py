@@ -10,6 +10,7 @@ from bertops.models import (
     MobileBertConfig,
     MobileBertForMaskedLM,
     MobileBertForNextSentencePrediction,
+    MobileBertForPreTraining,
     MobileBertForSequenceClassification,
     MobileBertModel,
 )
@@ -19,9 +20,11 @@ from small_models import PADDINGS, TOKENS, assert_same, batch, transformers
 HEADS = {
     "": MobileBertModel,
     "ForMaskedLM": MobileBertForMaskedLM,
+    "ForPreTraining": MobileBertForPreTraining,
     "ForSequenceClassification": MobileBertForSequenceClassification,
     "ForNextSentencePrediction": MobileBertForNextSentencePrediction,
 }
+WORDS = ("ForMaskedLM", "ForPreTraining")  # whose logits are (B, N, vocab_size)
 TINY = {"use_bottleneck_attention": True, "key_query_shared_bottleneck": False, "num_feedforward_networks": 2}
 VARIANTS = {
     "released": {"classifier_activation": False},
@@ -71,6 +74,10 @@ def both(folder, head="", **changes):
     return theirs, HEADS[head].from_pretrained(folder)
 
 
+def logits_of(expected):
+    return expected.prediction_logits if "prediction_logits" in expected else expected.logits
+
+
 def random_model(config, cls=MobileBertModel):
     model = cls(config).eval()
     with torch.no_grad():
@@ -107,10 +114,12 @@ def test_logits_equal_transformers(head, variant, tmp_path):
     theirs, ours = both(tmp_path, head, **VARIANTS[variant])
     input_ids, mask = batch("mobilebert", "right")
     with torch.no_grad():
-        expected = theirs(input_ids, attention_mask=mask.long()).logits
+        expected = theirs(input_ids, attention_mask=mask.long())
         output = ours(input_ids, mask)
-    rows = mask if head == "ForMaskedLM" else slice(None)
-    assert_same("logits", output.logits[rows], expected[rows])
+    rows = mask if head in WORDS else slice(None)
+    assert_same("logits", output.logits[rows], logits_of(expected)[rows])
+    if head == "ForPreTraining":
+        assert_same("next sentence", output.next_sentence_logits, expected.seq_relationship_logits)
     if head != "ForMaskedLM":
         assert output.pooler_output.shape == (3, 24)
 
@@ -140,9 +149,11 @@ def test_saved_for_transformers(head, variant, tmp_path):
         output, same = ours(input_ids, mask), again(input_ids, mask)
         expected = theirs.eval()(input_ids, attention_mask=mask.long())
     if head:
-        rows = mask if head == "ForMaskedLM" else slice(None)
-        assert_same("logits", output.logits[rows], expected.logits[rows])
+        rows = mask if head in WORDS else slice(None)
+        assert_same("logits", output.logits[rows], logits_of(expected)[rows])
         assert torch.equal(output.logits, same.logits)
+    if head == "ForPreTraining":
+        assert_same("next sentence", output.next_sentence_logits, expected.seq_relationship_logits)
     assert torch.equal(output.last_hidden_state, same.last_hidden_state)
     if not head:
         assert_same("hidden", output.last_hidden_state[mask], expected.last_hidden_state[mask])
@@ -219,7 +230,7 @@ def test_packed_rows_are_separate_sequences(head):
         expected = [model(ids[None]) for ids in sequences if len(ids)]
     assert output.scores[0].shape == (1, 2, 13, 13)
     assert_same("hidden", output.last_hidden_state[0], torch.cat([x.last_hidden_state[0] for x in expected]))
-    if head == "ForMaskedLM":
+    if head in WORDS:
         assert_same("logits", output.logits[0], torch.cat([x.logits[0] for x in expected]))
     elif head:
         assert_same("logits", output.logits[[0, 1, 3]], torch.cat([x.logits for x in expected]))
@@ -231,7 +242,7 @@ def test_unpadded_gives_what_a_row_of_zeros_for_padding_gives(head, padding):
     model = random_model(MobileBertConfig(**SMALL), HEADS[head])
     input_ids, mask = batch("mobilebert", padding, lengths=(9, 0, 4, 1))
     # the row of [PAD] is that of the decoder too, whose column 0 is left out
-    rows = (mask, slice(1, None)) if head == "ForMaskedLM" else slice(None)
+    rows = (mask, slice(1, None)) if head in WORDS else slice(None)
     encoder = model.encoder if head else model
     with torch.no_grad():
         unpadded = model(input_ids, mask, unpad=True, output_hidden_states=True)

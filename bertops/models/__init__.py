@@ -23,8 +23,10 @@ from bertops.models.heads import HeadOutput
 from bertops.models.mobilebert import (
     MobileBertForMaskedLM,
     MobileBertForNextSentencePrediction,
+    MobileBertForPreTraining,
     MobileBertForSequenceClassification,
     MobileBertModel,
+    MobileBertPreTrainingOutput,
 )
 
 __all__ = [
@@ -48,7 +50,9 @@ __all__ = [
     "MobileBertConfig",
     "MobileBertForMaskedLM",
     "MobileBertForNextSentencePrediction",
+    "MobileBertForPreTraining",
     "MobileBertForSequenceClassification",
     "MobileBertModel",
+    "MobileBertPreTrainingOutput",
     "PreTrainingOutput",
 ]

@@ -1,5 +1,6 @@
 """MobileBERT, its smaller variant and its teacher: narrow layers between wide ones."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -305,3 +306,31 @@ class MobileBertForNextSentencePrediction(_OverTheFirstToken):
     def predict(self, encoded: EncoderOutput, mask: Tensor | None, cu_seqlens: Tensor | None) -> HeadOutput:
         pooled = self.pool(encoded, mask, cu_seqlens)
         return HeadOutput(**{**vars(encoded), "pooler_output": pooled}, logits=self.next_sentence(pooled))
+
+
+@dataclass(kw_only=True)
+class MobileBertPreTrainingOutput(HeadOutput):
+    """``logits`` (B, N, vocab_size) of the masked language model, and those of the next sentence."""
+
+    next_sentence_logits: Tensor  # (number of sequences, 2): the next one, a random one
+
+
+class MobileBertForPreTraining(MobileBertForMaskedLM, _OverTheFirstToken):
+    """An encoder with both heads of pretraining: masked language model and next sentence.
+
+    Source: Sun et al. 2020 (MobileBERT), section 3.4.
+    """
+
+    hf_name = "ForPreTraining"
+
+    def __init__(self, config: MobileBertConfig) -> None:
+        super().__init__(config)
+        self.next_sentence = nn.Linear(config.hidden_size, 2)
+        initialize(self.next_sentence, config)
+
+    def predict(
+        self, encoded: EncoderOutput, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> MobileBertPreTrainingOutput:
+        pooled = self.pool(encoded, mask, cu_seqlens)
+        output = {**vars(super().predict(encoded, mask, cu_seqlens)), "pooler_output": pooled}
+        return MobileBertPreTrainingOutput(**output, next_sentence_logits=self.next_sentence(pooled))
