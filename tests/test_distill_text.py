@@ -18,13 +18,13 @@ from torch.nn import functional as F
 import small_task
 from bertops import models
 from bertops.distill.losses import combine
-from bertops.distill.recipes import distilbert, minilm, tinybert
+from bertops.distill.recipes import distilbert, minilm, mobilebert, tinybert
 from bertops.distill.text import TextWork
-from bertops.models import BertForMaskedLM, BertModel
+from bertops.models import BertForMaskedLM, BertModel, MobileBertForMaskedLM
 from bertops.models.checkpoint import read_tensors
 from bertops.pretraining.batches import Batches
 from errors import assert_close_to_oracle
-from small_task import CONFIG, OFTEN, far_from_zero, metrics, run, write_model
+from small_task import CONFIG, IB_BERT, OFTEN, far_from_zero, metrics, run, write_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -34,23 +34,26 @@ NO_DROPOUT = dict.fromkeys(
 ROBERTA = replace(
     CONFIG, family="roberta", type_vocab_size=1, position_offset=1, layer_norm_eps=1e-5, pooler=False
 )
-SHORT = ["--cpu", "--quiet", "--max-length", "16", "--batch-size", "8", "--layers", "2", "--steps", "4"]
+SHORT = ["--cpu", "--quiet", "--max-length", "16", "--batch-size", "8", "--steps", "4"]
 SYSTEMS = {
-    "distilbert": [],
-    "tinybert": [],
-    "minilm": ["--version", "2", "--relation-heads", "6", "--assistant-layers", "3"],
+    "distilbert": ["--layers", "2"],
+    "tinybert": ["--layers", "2"],
+    "minilm": ["--layers", "2", "--version", "2", "--relation-heads", "6", "--assistant-layers", "3"],
+    "mobilebert": ["--layer-steps", "2", "--bottleneck", "12", "--feed-forward", "16", "--stacked", "2"],
 }
+STAGES = {"minilm": {"assistant"}, "mobilebert": {"layer-1", "layer-2"}}
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """text, and teachers: bert and roberta with a masked language model's head, bare without a head."""
+    """text, and teachers: bert, roberta and ib (an IB-BERT) with a head for words, bare without one."""
     folder = tmp_path_factory.mktemp("text")
     torch.manual_seed(0)
     return {
         "text": write_text(folder / "text.txt"),
         "bert": write_model(folder / "bert", BertForMaskedLM(replace(CONFIG, **NO_DROPOUT))),
         "roberta": write_model(folder / "roberta", BertForMaskedLM(ROBERTA)),
+        "ib": write_model(folder / "ib", MobileBertForMaskedLM(replace(IB_BERT, pooler=False))),
         "bare": write_model(folder / "bare", BertModel(CONFIG)),
     }
 
@@ -77,6 +80,7 @@ def one_thread_and_no_curves(monkeypatch):
 
 
 def distill(places, system, out, *options, teacher="bert"):
+    teacher = "ib" if system == "mobilebert" else teacher
     given = ["--teacher", places[teacher], "--text", places["text"], "--out", out]
     return run("distill", system, *given, *SHORT, *OFTEN, *SYSTEMS[system], *options)
 
@@ -118,11 +122,16 @@ def objectives():
     torch.manual_seed(0)
     small, teacher = masked_lm(2), masked_lm()
     two = minilm.TextOptions(version=2, relation_heads=6)
+    narrow = mobilebert.TextOptions(bottleneck=12, feed_forward=16, stacked=2)
+    ib = far_from_zero(MobileBertForMaskedLM(replace(IB_BERT, **NO_DROPOUT)))
+    mobile = [mobilebert.narrow_student(ib, narrow, MobileBertForMaskedLM) for _ in range(2)]
     return {
         "distilbert": distilbert.TextTripleLoss(small, teacher, distilbert.TextOptions()),
         "tinybert": tinybert.Intermediate(small.encoder, teacher.encoder),
         "minilm-1": minilm.Relations(small.encoder, teacher.encoder, minilm.TextOptions()),
         "minilm-2": minilm.Relations(small.encoder, teacher.encoder, two),
+        "mobilebert-1": mobilebert.LayerTransfer(mobile[0], ib, 2),
+        "mobilebert-2": mobilebert.PretrainingDistillation(mobile[1], ib, 0.3),
     }
 
 
@@ -162,7 +171,26 @@ def test_distilbert_and_its_gradients_are_those_of_all_logits():
     assert_close_to_oracle("gradients", found, [eager_grads], grads)
 
 
-@pytest.mark.parametrize("name", ["tinybert", "minilm-1", "minilm-2"])
+def test_mobilebert_is_the_mean_of_both_losses_of_all_logits():
+    objective = objectives()["mobilebert-2"].eval()
+    given = padded()
+    with torch.no_grad():  # the row of [PAD], which a padded text's last trigram reads
+        for model in (objective.student, objective.teacher):
+            model.encoder.embeddings.word.weight[0] = 0
+    s, t = (model(given["input_ids"], MASK).logits for model in (objective.student, objective.teacher))
+    masked = given["labels"] != -100
+    log_s, log_t = s[masked].log_softmax(-1), t[masked].log_softmax(-1)
+    terms = objective.terms(packed())
+    expected = {
+        "mlm": F.nll_loss(log_s, given["labels"][masked]),
+        "kd": (log_t.exp() * (log_t - log_s)).sum(-1).mean(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name].mean(), value, rtol=1e-4, atol=1e-6)
+    assert {name: term.weight for name, term in terms.items()} == {"mlm": 0.3, "kd": 0.7, "mlm_accuracy": 0.0}
+
+
+@pytest.mark.parametrize("name", ["tinybert", "minilm-1", "minilm-2", "mobilebert-1"])
 def test_packed_text_gives_the_terms_of_padded_text(name):
     objective = objectives()[name].eval()
     found, expected = objective.terms(packed()), objective.terms(padded())
@@ -211,7 +239,8 @@ def test_recipe_with_kernels_and_with_plain_pytorch(places, tmp_path, system):
         for name, value in (line.pop("evaluation", None) or line).items():
             found = (expected.get("evaluation") or expected)[name]
             assert value == pytest.approx(found, rel=1e-3, abs=1e-5), name
-    assert (tmp_path / "out/stages/assistant/model").exists() == (system == "minilm")
+    stages = {path.parent.name for path in tmp_path.glob("out/stages/*/model")}
+    assert stages == STAGES.get(system, set())
 
 
 @pytest.mark.parametrize(
@@ -220,13 +249,15 @@ def test_recipe_with_kernels_and_with_plain_pytorch(places, tmp_path, system):
         ("bert", [], "DistilBertForMaskedLM"),
         ("bert", ["--token-types"], "BertForMaskedLM"),
         ("roberta", [], "RobertaForMaskedLM"),
+        ("ib", [], "MobileBertForMaskedLM"),
     ],
 )
 def test_masked_language_model_for_transformers(places, tmp_path, teacher, options, architecture):
-    assert distill(places, "distilbert", tmp_path, *options, teacher=teacher) == 0
+    system = "mobilebert" if teacher == "ib" else "distilbert"
+    assert distill(places, system, tmp_path, *options, teacher=teacher) == 0
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "model").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    ours = BertForMaskedLM.from_pretrained(tmp_path / "model")
+    ours = (MobileBertForMaskedLM if teacher == "ib" else BertForMaskedLM).from_pretrained(tmp_path / "model")
     assert type(theirs).__name__ == architecture and len(ours.encoder.layers) == 2
     ids = tokenizer("a good [MASK] was dull", return_tensors="pt").input_ids
     torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-5)
@@ -277,12 +308,20 @@ def test_general_student_starts_a_task(places, tmp_path, system):
 # The stream
 
 
+def real(batch, special):
+    """The tokens of a batch that are not special, masked ones included."""
+    original = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
+    return original[~torch.isin(original, torch.tensor([special.cls_token_id, special.sep_token_id]))]
+
+
 def first_batch(places, out, options, teacher="bert"):
     """Its sequences without masks, and the batch."""
     options = replace(options, max_length=24, batch_size=8)
     with TextWork("any", places[teacher], places["text"], out, options, cpu=True, quiet=True) as work:
         work.open(work.plan())
         batch, special = next(work.stream()), work.corpus.special
+        held_out = sum(len(real(row, special)) for row in work.held_out())
+        assert held_out == work.corpus.held_out.num_tokens
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     original = torch.where(labels == -100, ids, labels)
     sequences = [original[a:b] for a, b in pairwise(batch["cu_seqlens"].tolist())]
@@ -335,7 +374,7 @@ def test_two_processes_equal_one(places, tmp_path):
         port = str(free.getsockname()[1])
     script = Path(__file__).with_name("two_processes.py")
     half = ["distill", "distilbert", "--teacher", places["bert"], "--text", places["text"], *SHORT, *OFTEN]
-    half += ["--batch-size", "4", "--out", tmp_path / "two"]
+    half += [*SYSTEMS["distilbert"], "--batch-size", "4", "--out", tmp_path / "two"]
     environment = {**os.environ, "PYTHONPATH": str(script.parent.parent)}
     subprocess.run([sys.executable, script, port, *half], check=True, env=environment)
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):

@@ -121,8 +121,8 @@ class StudentSettings(StudentChoice, TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSettings(StudentChoice, pretraining.TextSettings):
-    """Of a student that learns from plain text, before any task."""
+class TextSettings(Settings, pretraining.TextSettings):
+    """Those of a run on plain text, before any task."""
 
     steps: int = setting(7000, "updates of the parameters, in the last stage")
     weight_decay: float = setting(0.0, "of matrices")
@@ -133,3 +133,8 @@ class TextSettings(StudentChoice, pretraining.TextSettings):
         pretraining.TextSettings.__post_init__(self)
         if self.packing not in PACKINGS:
             raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, got {self.packing!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStudentSettings(TextSettings, StudentChoice):
+    """Of a student that learns from plain text."""

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from bertops.data import DynamicMasker, PretrainingStream, SentenceBlocks, TokenCorpus
 from bertops.distill import classifiers, students
-from bertops.distill.data import Batch
+from bertops.distill.data import Batch, inputs
 from bertops.distill.losses.distilbert import Decoder
-from bertops.distill.settings import TextSettings
+from bertops.distill.losses.terms import IGNORED_LABEL
+from bertops.distill.settings import TextSettings, TextStudentSettings
 from bertops.distill.stages import Stages
 from bertops.models.checkpoint import resolve_folder
 from bertops.models.heads import MaskedLM
@@ -69,6 +70,7 @@ class TextWork(Stages):
             ValueError: it does not fit the teacher, the text or transformers; says what.
         """
         settings, heads = self.settings, isinstance(teacher, MaskedLM)
+        assert isinstance(settings, TextStudentSettings)
         if settings.student:
             classifiers.same_tokens(resolve_folder(settings.student), self.folder)
         read = classifiers.load_masked_lm if heads else classifiers.load_bare_encoder
@@ -150,6 +152,10 @@ class TextWork(Stages):
         return Path(self.text).name, f"{describe_text(self.text, self.corpus)}."
 
 
-def decoder(model: MaskedLM, hidden: Tensor) -> Decoder:
-    """The last step of ``model`` for rows (..., hidden_size) of its last hidden states."""
-    return Decoder(model.head.transform(hidden), model.decoder_weight(), model.head.bias)
+def masked_words(model: MaskedLM, batch: Batch) -> tuple[Decoder, Tensor, Tensor]:
+    """What goes into the decoder for the M masked words, the words (M,), and all last hidden states."""
+    labels = batch["labels"].flatten()
+    masked = (labels != IGNORED_LABEL).nonzero().squeeze(1)
+    hidden = model.encoder(**inputs(model, batch)).last_hidden_state
+    rows = model.head.transform(hidden.flatten(0, 1)[masked])
+    return Decoder(rows, model.decoder_weight(), model.head.bias), labels[masked], hidden

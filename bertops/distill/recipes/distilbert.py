@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from bertops.distill import layer_map
@@ -13,11 +12,10 @@ from bertops.distill.classifiers import new_masked_lm
 from bertops.distill.data import Batch, inputs
 from bertops.distill.initialize import DISTILBERT_LAYERS
 from bertops.distill.losses import DistilBertLoss, Term
-from bertops.distill.losses.distilbert import Decoder
-from bertops.distill.losses.terms import IGNORED_LABEL, cross_entropy
+from bertops.distill.losses.terms import cross_entropy
 from bertops.distill.objective import LABELS, SAMPLES, TOKENS, Distillation, correct
-from bertops.distill.settings import StudentSettings, TextSettings
-from bertops.distill.text import TextWork, decoder
+from bertops.distill.settings import StudentSettings, TextStudentSettings
+from bertops.distill.text import TextWork, masked_words
 from bertops.distill.work import Work
 from bertops.models.config import EncoderConfig
 from bertops.ops.kl_div_logits import kl_div_logits
@@ -35,7 +33,7 @@ class Options(StudentSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions(TextSettings):
+class TextOptions(TextStudentSettings):
     learning_rate: float = setting(5e-4, "its peak")
     warmup: float = setting(0.05, "share of the steps over which the rate rises; it then falls to 0")
     alpha_kl: float = setting(5.0, "weight of the teacher's words")
@@ -84,19 +82,12 @@ class TextTripleLoss(Distillation):
         )
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        labels = batch["labels"].flatten()
-        masked = (labels != IGNORED_LABEL).nonzero().squeeze(1)
-
-        def run(model: Any) -> tuple[Decoder, Tensor]:
-            hidden = model.encoder(**inputs(model, batch)).last_hidden_state
-            return decoder(model, hidden.flatten(0, 1)[masked]), hidden
-
-        words_s, hidden_s = run(self.student)
+        words_s, labels, hidden_s = masked_words(self.student, batch)
         with torch.no_grad():
-            words_t, hidden_t = run(self.teacher)
-        terms = self.loss(words_s, words_t, hidden_s, hidden_t, labels[masked])
+            words_t, _, hidden_t = masked_words(self.teacher, batch)
+        terms = self.loss(words_s, words_t, hidden_s, hidden_t, labels)
         if not self.training:  # the logits once more
-            terms["mlm_accuracy"] = correct(F.linear(*words_s), labels[masked])
+            terms["mlm_accuracy"] = correct(F.linear(*words_s), labels)
         return terms
 
 

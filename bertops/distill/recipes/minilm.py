@@ -11,7 +11,7 @@ from bertops.distill.data import Batch, inputs
 from bertops.distill.initialize import encoder_of
 from bertops.distill.losses import MiniLMLoss, MiniLMv2Loss, Term
 from bertops.distill.objective import TOKENS, Classification, Distillation
-from bertops.distill.settings import StudentChoice, StudentSettings, TextSettings
+from bertops.distill.settings import StudentChoice, StudentSettings, TextStudentSettings
 from bertops.distill.text import TextWork
 from bertops.distill.work import Work
 from bertops.pretraining.settings import setting
@@ -39,7 +39,7 @@ class Options(StudentSettings, RelationSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions(TextSettings, RelationSettings):
+class TextOptions(TextStudentSettings, RelationSettings):
     learning_rate: float = setting(3e-4, "its peak, for 256 sequences a step")
     warmup: float = setting(0.01, "share of the steps over which the rate rises; it then falls to 0")
     weight_decay: float = setting(0.01, "of matrices")

@@ -1,35 +1,55 @@
-"""MobileBERT: progressive transfer, layer after layer, from an IB-BERT teacher; then the task."""
+"""MobileBERT: progressive transfer, layer after layer, from an IB-BERT teacher; then words or the task."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch.nn import functional as F
 
 from bertops.distill.capture import capture
 from bertops.distill.data import Batch, inputs
 from bertops.distill.initialize import init_ends_from_teacher
-from bertops.distill.losses import MobileBertLayerLoss, ProgressiveTransfer, Term
+from bertops.distill.losses import (
+    MobileBertLayerLoss,
+    MobileBertPretrainingLoss,
+    ProgressiveTransfer,
+    Term,
+)
 from bertops.distill.losses.terms import cross_entropy
-from bertops.distill.objective import SAMPLES, TOKENS, Distillation, answers, correct
-from bertops.distill.settings import TaskSettings
+from bertops.distill.objective import LABELS, SAMPLES, TOKENS, Distillation, answers, correct
+from bertops.distill.settings import Settings, TaskSettings, TextSettings
+from bertops.distill.text import TextWork, masked_words
 from bertops.distill.work import Work
-from bertops.models import MobileBertConfig, MobileBertForSequenceClassification
+from bertops.models import MobileBertConfig, MobileBertForMaskedLM, MobileBertForSequenceClassification
 from bertops.ops.kl_div_logits import kl_div_logits
 from bertops.pretraining.settings import setting
 from bertops.training import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TaskSettings):
+class TransferSettings(Settings):
     bottleneck: int = setting(128, "width inside the student's layers")
     feed_forward: int = setting(512, "width of its feed-forward networks")
     stacked: int = setting(4, "feed-forward networks of a layer")
-    layer_epochs: float = setting(1.0, "of each layer's transfer")
-    layer_steps: int = setting(0, "of each layer's transfer, in place of epochs")
+    layer_steps: int = setting(0, "of each layer's transfer; on a task in place of epochs")
     layer_rate: float = setting(
         5e-4, "learning rate of the transfer; the current layer has three times as much"
     )
-    alpha: float = setting(0.5, "weight of the labels in the last stage; the teacher's answers have the rest")
+    alpha: float = setting(
+        0.5, "weight of the labels or masked words in the last stage; the teacher's answers have the rest"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TaskSettings, TransferSettings):
+    layer_epochs: float = setting(1.0, "of each layer's transfer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(TextSettings, TransferSettings):
+    learning_rate: float = setting(5e-4, "of the last stage, its peak")
+    layer_steps: int = setting(10_000, "of each layer's transfer")
+    weight_decay: float = setting(0.01, "of matrices")
 
 
 class LayerTransfer(Distillation):
@@ -49,7 +69,7 @@ class LayerTransfer(Distillation):
             hidden_s = student(**inputs(student, batch), output_hidden_states=True).hidden_states[layer]
             with torch.no_grad():
                 hidden_t = teacher(**inputs(teacher, batch), output_hidden_states=True).hidden_states[layer]
-        return self.loss(hidden_s, hidden_t, taps_s[layer], taps_t[layer], batch["mask"])
+        return self.loss(hidden_s, hidden_t, taps_s[layer], taps_t[layer], batch.get("mask"))
 
 
 class TaskDistillation(Distillation):
@@ -71,7 +91,28 @@ class TaskDistillation(Distillation):
         }
 
 
-def narrow_student(teacher: Any, options: Options) -> Any:
+class PretrainingDistillation(Distillation):
+    """Masked words and the teacher's distribution over them, equation 5 without the next sentence."""
+
+    over: ClassVar = dict.fromkeys(("mlm", "kd", "mlm_accuracy"), LABELS)
+
+    def __init__(self, student: Any, teacher: Any, alpha: float) -> None:
+        super().__init__(student.requires_grad_(True), teacher)
+        self.loss = MobileBertPretrainingLoss(alpha)
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        words_s, labels, _ = masked_words(self.student, batch)
+        with torch.no_grad():
+            words_t = masked_words(self.teacher, batch)[0]
+        terms = self.loss(words_s, words_t, labels)
+        if not self.training:  # the logits once more
+            terms["mlm_accuracy"] = correct(F.linear(*words_s), labels)
+        return terms
+
+
+def narrow_student(
+    teacher: Any, options: TransferSettings, kind: Any = MobileBertForSequenceClassification
+) -> Any:
     """A MobileBERT as wide between its layers as the teacher, with its embeddings and head.
 
     Raises:
@@ -85,7 +126,7 @@ def narrow_student(teacher: Any, options: Options) -> Any:
             "MobileBERT's one by one. Take another system, such as minilm, for it"
         )
     torch.manual_seed(options.seed)
-    student = MobileBertForSequenceClassification(
+    student = kind(
         replace(
             config,
             intra_bottleneck_size=options.bottleneck,
@@ -107,23 +148,46 @@ def distill(work: Work, options: Options) -> Outcome:
     """A stage for every layer, in which it learns at three times the rate and those before it at 0.3 of it,
     then the task.
 
-    The paper transfers 10,000 steps a layer on Wikipedia and books, and distils with masked words after that;
-    here both happen on the task's texts, and every stage has a learning rate schedule of its own.
+    The paper transfers 10,000 steps a layer on Wikipedia and books, and distils with masked words after that
+    (:func:`distill_text`); here both happen on the task's texts, and every stage has a learning rate schedule
+    of its own.
 
     Source: Sun et al. 2020 (MobileBERT), sections 3.4 and 3.5; rates are those of its code.
     """
     teacher = work.teacher()
     student = narrow_student(teacher, options)
-    depth = len(student.encoder.layers)
     work.open(work.plan())
+    transfer_layers(work, student, teacher, options, epochs=options.layer_epochs)
+    return work.last_stage(TaskDistillation(student, teacher, options.alpha))
+
+
+def distill_text(work: TextWork, options: TextOptions) -> Outcome:
+    """The same stages on plain text, then pretraining distillation, which teaches words in place of a task.
+
+    The teacher is an IB-BERT with a masked language model's head, from which the student's starts. Pairs for
+    the next sentence, the last term of equation 5, are not made here.
+
+    Source: Sun et al. 2020 (MobileBERT), sections 3.4 and 3.5.
+    """
+    teacher = work.masked_lm()
+    student = narrow_student(teacher, options, MobileBertForMaskedLM)
+    work.open(work.plan())
+    transfer_layers(work, student, teacher, options)
+    return work.last_stage(PretrainingDistillation(student, teacher, options.alpha))
+
+
+def transfer_layers(
+    work: Work | TextWork, student: Any, teacher: Any, options: TransferSettings, **length: Any
+) -> None:
+    """A stage for every layer; ``length`` is what its plan takes beside ``layer_steps``."""
+    depth = len(student.encoder.layers)
     transfer = ProgressiveTransfer(depth, 1)
     for layer in range(1, depth + 1):
         factors = transfer.at(layer - 1).factors[:layer]
         plan = work.plan(
-            epochs=options.layer_epochs,
+            **length,
             steps=options.layer_steps,
             learning_rate=options.layer_rate,
             rates={f"student.encoder.layers.{i}.": factor for i, factor in enumerate(factors)},
         )
         work.stage(f"layer-{layer}", LayerTransfer(student, teacher, layer), plan)
-    return work.last_stage(TaskDistillation(student, teacher, options.alpha))

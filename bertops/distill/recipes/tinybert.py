@@ -12,7 +12,7 @@ from bertops.distill.data import Batch, inputs
 from bertops.distill.initialize import encoder_of
 from bertops.distill.losses import Term, TinyBertLoss, TinyBertPredictionLoss
 from bertops.distill.objective import PAIRS, SAMPLES, TOKENS, Distillation, answers, correct
-from bertops.distill.settings import StudentSettings, TextSettings
+from bertops.distill.settings import StudentSettings, TextStudentSettings
 from bertops.distill.text import TextWork
 from bertops.distill.work import Work
 from bertops.pretraining.settings import setting
@@ -31,7 +31,7 @@ class Options(StudentSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions(TextSettings):
+class TextOptions(TextStudentSettings):
     learning_rate: float = setting(5e-5, "its peak")
     weight_decay: float = setting(0.01, "of matrices")
 
