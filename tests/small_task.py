@@ -1,15 +1,21 @@
 """A small task of generated texts, and a random teacher with a tokenizer that knows their words."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from bertops import cli
 from bertops.models import BertConfig, BertForMaskedLM, BertForSequenceClassification, MobileBertConfig
+from bertops.models.checkpoint import read_tensors
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 GOOD, BAD = ["good", "fine", "bright", "warm"], ["bad", "dull", "cold", "weak"]
@@ -102,3 +108,25 @@ def metrics(out: Path) -> list[dict]:
 def run(*arguments) -> int:
     """The exit status of ``python -m bertops``."""
     return cli.main([str(argument) for argument in arguments])
+
+
+def run_on_two_processes(*arguments) -> None:
+    """The same in two gloo processes; see two_processes.py."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = Path(__file__).with_name("two_processes.py")
+    environment = {**os.environ, "PYTHONPATH": str(script.parent.parent)}
+    subprocess.run([sys.executable, script, port, *arguments], check=True, env=environment)
+
+
+def assert_same_metrics(out: Path, other: Path, rel: float, abs: float) -> None:
+    for one, two in zip(metrics(out), metrics(other), strict=True):
+        for name, value in (one.get("evaluation") or one).items():
+            assert (two.get("evaluation") or two)[name] == pytest.approx(value, rel=rel, abs=abs), name
+
+
+def same_model(out: Path, other: Path) -> bool:
+    """To the bits."""
+    a, b = read_tensors(out / "model"), read_tensors(other / "model")
+    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())

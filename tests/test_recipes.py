@@ -3,11 +3,7 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,19 @@ from bertops import models
 from bertops.distill.data import ClassificationStream
 from bertops.models import MobileBertForSequenceClassification
 from bertops.models.checkpoint import read_tensors
-from small_task import CONFIG, IB_BERT, OFTEN, SHORT, metrics, run, write_model, write_teacher
+from small_task import (
+    CONFIG,
+    IB_BERT,
+    OFTEN,
+    SHORT,
+    assert_same_metrics,
+    metrics,
+    run,
+    run_on_two_processes,
+    same_model,
+    write_model,
+    write_teacher,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -75,11 +83,6 @@ def tensors(out):
     return read_tensors(out / "model")
 
 
-def same_model(a, b):
-    a, b = tensors(a), tensors(b)
-    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
-
-
 # From end to end
 
 
@@ -111,12 +114,8 @@ def test_finetuned_model_is_for_transformers_and_for_eval(places, tmp_path, caps
 def test_recipe_with_kernels_and_with_plain_pytorch(places, tmp_path, system, capsys):
     assert distill(places, system, tmp_path / "out") == 0
     assert distill(places, system, tmp_path / "plain", "--impl", "reference") == 0
-    lines, plain = metrics(tmp_path / "out"), metrics(tmp_path / "plain")
-    assert [line["step"] for line in lines] == [1, 2, 3, 3, 4, 4]
-    for line, expected in zip(lines, plain, strict=True):
-        for name, value in (line.pop("evaluation", None) or line).items():
-            found = (expected.get("evaluation") or expected)[name]
-            assert value == pytest.approx(found, rel=1e-3, abs=1e-5), name
+    assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2, 3, 3, 4, 4]
+    assert_same_metrics(tmp_path / "plain", tmp_path / "out", rel=1e-3, abs=1e-5)
     stages = tmp_path / "out/stages"
     for stage in stages.iterdir() if stages.exists() else ():
         assert metrics(stage)[-1]["step"] == len({line["step"] for line in metrics(stage)})
@@ -229,17 +228,9 @@ def test_two_processes_equal_one(places, tmp_path):
     options = ["distill", "tinybert", "--teacher", teacher, "--data", places["data"], *SHORT, *OFTEN, *STEPS]
     options += RECIPES["tinybert"]
     assert run(*options, "--out", tmp_path / "one") == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    script = Path(__file__).with_name("two_processes.py")
-    half = [*options, "--batch-size", "4", "--out", tmp_path / "two"]
-    environment = {**os.environ, "PYTHONPATH": str(script.parent.parent)}
-    subprocess.run([sys.executable, script, port, *half], check=True, env=environment)
+    run_on_two_processes(*options, "--batch-size", "4", "--out", tmp_path / "two")
     for part in ("stages/intermediate", "."):
-        for one, two in zip(metrics(tmp_path / "one" / part), metrics(tmp_path / "two" / part), strict=True):
-            for name, value in (one.get("evaluation") or one).items():
-                assert (two.get("evaluation") or two)[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+        assert_same_metrics(tmp_path / "one" / part, tmp_path / "two" / part, rel=1e-5, abs=1e-7)
 
 
 # Refused

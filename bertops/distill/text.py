@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from bertops.data import DynamicMasker, PretrainingStream, SentenceBlocks, TokenCorpus
+from bertops.data import DynamicMasker, PretrainingStream, SentenceBlocks, TokenCorpus, special_tokens
 from bertops.distill import classifiers, students
 from bertops.distill.data import Batch, inputs
 from bertops.distill.losses.distilbert import Decoder
@@ -34,7 +34,8 @@ class TextWork(Stages):
         recipe, model, out, settings, cpu, quiet: as :class:`bertops.distill.stages.Stages` takes them.
 
     Raises:
-        FileNotFoundError, ValueError: there is no text, or fewer than two documents.
+        FileNotFoundError, ValueError: there is no text, or fewer than two documents; the teacher's tokenizer
+            is missing or lacks a special token, or sequences would be longer than its positions.
     """
 
     settings: TextSettings
@@ -50,6 +51,7 @@ class TextWork(Stages):
     ) -> None:
         super().__init__(recipe, model, out, settings, **shown)
         self.text, self.fingerprint = text, fingerprint(text)
+        special_tokens(self.tokenizer)  # raises now and not when the folder is there
 
     # Models
 
@@ -90,10 +92,9 @@ class TextWork(Stages):
     @cached_property
     def corpus(self) -> Text:
         """Prepared in the folder of the run, which :meth:`open` has taken."""
-        settings = self.settings
-        prepare = partial(prepare_for, held_out=settings.held_out, seed=settings.seed)
+        given = self.tokenizer, self.text, self.out / "data", self.fingerprint
         with self.run.accelerator.main_process_first():
-            return prepare(self.tokenizer, self.text, self.out / "data", self.fingerprint)
+            return prepare_for(*given, held_out=self.settings.held_out, seed=self.settings.seed)
 
     @cached_property
     def masker(self) -> DynamicMasker:
