@@ -39,7 +39,7 @@ class Work:
         data: as :func:`bertops.data.read_task` takes it.
         out: a new or empty folder, or that of the same run, which goes on.
         settings: see :class:`bertops.distill.settings.Settings`.
-        cpu, quiet: as in :class:`bertops.training.Run` and :func:`bertops.training.train`.
+        cpu, fsdp, quiet: as in :class:`bertops.training.Run` and :func:`bertops.training.train`.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Work:
         settings: Settings,
         *,
         cpu: bool = False,
+        fsdp: bool = False,
         quiet: bool = False,
     ) -> None:
         self.recipe, self.model, self.out, self.settings = recipe, model, Path(out), settings
@@ -58,7 +59,8 @@ class Work:
         task = read_task(data)
         count = settings.train_texts or len(task.train)
         self.task = Task(task.name, task.labels, task.train.first(count), task.dev)
-        self.cpu, self.quiet = cpu, quiet
+        self.quiet = quiet
+        self._processes = {"cpu": cpu, "fsdp": fsdp}
         self._stack = ExitStack()
         self._run: Run | None = None
 
@@ -125,11 +127,11 @@ class Work:
         Raises:
             FileExistsError, BlockingIOError, ValueError: it holds other things or another run, or is in use.
         """
-        self._run = self._stack.enter_context(Run(self.out, plan, self._config("last"), cpu=self.cpu))
+        self._run = self._stack.enter_context(Run(self.out, plan, self._config("last"), **self._processes))
 
     def stage(self, name: str, objective: Distillation, plan: Plan, rows: Rows | None = None) -> None:
         """Trains ``objective`` in ``out/stages/name`` on ``rows``, or reads what it came to."""
-        with Run(self.out / STAGES / name, plan, self._config(name), cpu=self.cpu) as run:
+        with Run(self.out / STAGES / name, plan, self._config(name), **self._processes) as run:
             self._train(run, objective, rows, f"{self.recipe}, {name}")
 
     def last_stage(self, objective: Distillation, rows: Rows | None = None) -> Outcome:

@@ -15,12 +15,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from bertops.training.checkpoint import read_checkpoint, write_checkpoint
 from bertops.training.optimizer import linear
 from bertops.training.plan import Batch, Objective, Outcome, Plan, Stream
 from bertops.training.progress import Progress
 from bertops.training.run import Run
+from bertops.training.sharding import unshard
 from bertops.training.state import TrainingState, random_state
 
 Evaluate = Callable[[Accelerator, nn.Module], dict[str, float]]
@@ -64,8 +66,9 @@ def train(
     accelerator, plan, folder = run.accelerator, run.plan, run.folder
     folder.baselines = dict(baselines or {})
     with stop_signal() as stop:
-        module = accelerator.prepare(objective)
-        state = TrainingState(objective, plan.optimizer.build(objective), stream)
+        module = run.prepare(objective)
+        trained = accelerator.unwrap_model(module)  # the objective or its sharded copy
+        state = TrainingState(trained, plan.optimizer.build(trained), stream)
         set_seed(plan.seed + accelerator.process_index)
         if checkpoint := folder.last_checkpoint():
             state.load(read_checkpoint(checkpoint), accelerator.process_index)
@@ -96,12 +99,14 @@ def train(
                 progress.show(state.step, held_out)
             if state.step % plan.checkpoint_every == 0 or last or stopping:
                 state.lines = len(folder.metrics)
-                parts = state.parts(gather_object([random_state()]))
+                parts = state.parts(gather_object([random_state()]), keep=run.main)
                 with state.window.paused():
                     if run.main:
                         write_checkpoint(folder.checkpoints, state.step, parts, plan.keep)
 
         progress.close()
+        if trained is not objective:
+            unshard(objective, trained)
         finished = state.step == plan.steps
         if finished and run.main:
             folder.draw()
@@ -123,11 +128,13 @@ def update(
     counts = add_up([objective.counts(batch) for batch in batches], accelerator)
     sums = []
     for micro, batch in enumerate(batches, start=1):
-        with nullcontext() if micro == plan.accumulation else accelerator.no_sync(module):
+        # a sharded gradient is shared out in every micro-batch: in one piece it takes the memory that was saved
+        last = micro == plan.accumulation or isinstance(module, FSDPModule)
+        with nullcontext() if last else accelerator.no_sync(module):
             with autocast(accelerator, plan):
                 found = module(send_to_device(batch, accelerator.device))
             means = [w * found[name] / counts[name].clamp(min=1) for name, w in objective.weights.items()]
-            # DDP averages the gradients of the processes, and they are to be added
+            # DDP and FSDP average the gradients of the processes, and they are to be added
             accelerator.backward(torch.stack(means).sum() * processes)
         sums.append({name: value.detach() for name, value in found.items()})
     if plan.max_grad_norm is not None:
