@@ -1,4 +1,4 @@
-"""Objectives with encoders in one process or in two that share them out; also what test_sharding.py's processes run."""
+"""Objectives with encoders, in one process or sharded over two; also run by test_sharding.py's processes."""
 
 import json
 import os
@@ -29,7 +29,12 @@ from small_task import CONFIG, IB_BERT, far_from_zero
 TOKENS, ROWS, LENGTH = CONFIG.vocab_size, 3, 7
 NO_DROPOUT = {
     name: 0.0
-    for name in ("hidden_dropout_p", "attention_dropout_p", "attention_output_dropout_p", "classifier_dropout_p")
+    for name in (
+        "hidden_dropout_p",
+        "attention_dropout_p",
+        "attention_output_dropout_p",
+        "classifier_dropout_p",
+    )
 }
 DROPOUT = dict.fromkeys(NO_DROPOUT, 0.1)
 SMALL = replace(CONFIG, num_hidden_layers=2, **NO_DROPOUT)
@@ -181,6 +186,9 @@ def all_runs(out: Path) -> None:
     run(out / "bf16", masked_words, BF16)
     run(out / "bf16 sharded", masked_words, BF16, fsdp=True)
     run(out / "clipped", masked_words, CLIPPED, fsdp=True)
+    change = partial(run, out / "changed", masked_words, LONG)
+    change(fsdp=True, act=lambda drawn: os.kill(os.getpid(), signal.SIGTERM) if drawn == 5 else None)
+    change(fsdp=False)
     long(out / "straight")
     long(out / "killed")
 
@@ -204,7 +212,11 @@ def main(folder: str, *ports: str) -> None:
     torch.use_deterministic_algorithms(True)  # as under test
     curves.draw = lambda *arguments: b""
     works = (killed, all_runs)
-    print(json.dumps([in_two_processes(work, Path(folder), port) for work, port in zip(works, ports, strict=True)]))
+    print(
+        json.dumps(
+            [in_two_processes(work, Path(folder), port) for work, port in zip(works, ports, strict=True)]
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
+from torch import nn
 
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
@@ -18,12 +20,11 @@ pytest.importorskip("tokenizers")
 
 import sharded_run
 from bertops import _backend
-from bertops.distill.recipes.bilstm import Logits
-from bertops.models import BiLSTMClassifier, BiLSTMConfig
-from bertops.training import curves
+from bertops.training import Objective, Run, curves
 from bertops.training.checkpoint import checkpoint_steps, read_checkpoint
-from bertops.training.sharding import _units, shard
-from sharded_run import BF16, CLIPPED, GRADIENTS, LONG, OBJECTIVES, albert, bert, masked_words, run
+from bertops.training.run import check_accelerate, check_fsdp
+from bertops.training.sharding import shard, units
+from sharded_run import BF16, CLIPPED, GRADIENTS, LONG, OBJECTIVES, masked_words, run
 from training_run import assert_same, metrics
 
 pytestmark = pytest.mark.skipif(_backend.extension_error is not None, reason="bertops._C is not built")
@@ -111,3 +112,107 @@ def test_a_killed_run_goes_on_to_the_same_result(processes):
     assert metrics(processes / "killed") == metrics(processes / "straight")
     for name in ("killed", "straight"):
         assert checkpoint_steps(processes / name / "checkpoints") == [4, LONG.steps]
+
+
+def test_a_run_goes_on_without_fsdp(processes, tmp_path):
+    """A signal stops both processes after the same step; the rest is done by replicas."""
+    assert checkpoint_steps(processes / "changed" / "checkpoints") == [4, LONG.steps]
+    run(tmp_path, masked_words, LONG)
+    for one, other in zip(metrics(processes / "changed"), metrics(tmp_path), strict=True):
+        assert one.pop("evaluation", {}) == pytest.approx(other.pop("evaluation", {}), rel=TOLERANCE)
+        assert one == pytest.approx(other, rel=TOLERANCE)
+
+
+def test_another_number_of_processes_is_refused(processes):
+    with pytest.raises(ValueError, match="processes is 2 there, 1 here"):
+        run(processes / "straight", masked_words, LONG)
+
+
+def test_units():
+    """Layers of the student that learn and share nothing."""
+    found = {}
+    for name, make in OBJECTIVES.items():
+        objective = make()
+        names = {module: path for path, module in objective.named_modules()}
+        found[name] = [names[layer] for layer in units(objective)]
+    student = [f"student.encoder.layers.{i}" for i in range(2)]
+    assert found == {
+        "relations": student,
+        "intermediate": student,
+        "transfer": student[:1],
+        "masked words": ["model.encoder.layers.0", "model.encoder.layers.1"],
+        "all shared": [],
+        "attention shared": [],
+    }
+
+
+class Recurrent(Objective):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader = nn.LSTM(2, 3)
+
+
+def test_recurrent_layers_are_refused():
+    with pytest.raises(ValueError, match="FSDP does not go with LSTM at reader"):
+        shard(Recurrent(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("asked_by", ["bertops", "accelerate"])
+def test_one_process_cannot_share(tmp_path, monkeypatch, asked_by):
+    if asked_by == "accelerate":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="fsdp shards over processes, and there is one"):
+        Run(tmp_path / "out", GRADIENTS, {}, cpu=True, fsdp=asked_by == "bertops")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "FSDP version 1, expected 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "CPU offload: there is neither"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "activation checkpointing or"),
+    ],
+)
+def test_other_kinds_of_fsdp_are_refused(monkeypatch, settings, message):
+    monkeypatch.setattr("bertops.training.run.is_initialized", lambda: True)
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **settings}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        check_fsdp()
+
+
+def test_layers_stay_gathered_where_accelerate_says_so(monkeypatch):
+    monkeypatch.setattr("bertops.training.run.is_initialized", lambda: True)
+    assert check_fsdp()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert check_fsdp()
+    monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
+    assert not check_fsdp()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"distributed_type": DistributedType.DEEPSPEED}, "several CPUs or GPUs, or FSDP, got DEEPSPEED"),
+        ({"mixed_precision": "fp16"}, "mixed precision fp16, expected no: .* with bf16"),
+        ({"gradient_accumulation_steps": 4}, "4 gradient accumulation steps, expected 1: .* accumulation"),
+        ({}, "accelerate launch --cpu starts one process"),
+    ],
+)
+def test_what_accelerate_is_set_to(monkeypatch, settings, message):
+    plain = {
+        "distributed_type": DistributedType.NO,
+        "mixed_precision": "no",
+        "gradient_accumulation_steps": 1,
+        "num_processes": 1,
+    }
+    check_accelerate(SimpleNamespace(**plain))
+    if not settings:  # what accelerate launch --cpu --num_processes 2 leaves behind
+        monkeypatch.setenv("MASTER_PORT", "29500")
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match=message):
+        check_accelerate(SimpleNamespace(**(plain | settings)))

@@ -99,7 +99,9 @@ def distill(options: argparse.Namespace) -> int:
 
         recipe = import_module(f"bertops.distill.recipes.{system}")
         description = (recipe.__doc__ or "").partition("\n")[0]
-        parser = argparse.ArgumentParser(prog=f"python -m bertops distill {system}", description=description, epilog=SEVERAL)
+        parser = argparse.ArgumentParser(
+            prog=f"python -m bertops distill {system}", description=description, epilog=SEVERAL
+        )
         parser.add_argument(
             "--teacher", default=argparse.SUPPRESS, help="folder or hub id of a fine-tuned classifier"
         )

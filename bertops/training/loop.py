@@ -15,14 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from bertops.training.checkpoint import read_checkpoint, write_checkpoint
 from bertops.training.optimizer import linear
 from bertops.training.plan import Batch, Objective, Outcome, Plan, Stream
 from bertops.training.progress import Progress
 from bertops.training.run import Run
-from bertops.training.sharding import unshard
 from bertops.training.state import TrainingState, random_state
 
 Evaluate = Callable[[Accelerator, nn.Module], dict[str, float]]
@@ -68,7 +66,7 @@ def train(
     with stop_signal() as stop:
         module = run.prepare(objective)
         trained = accelerator.unwrap_model(module)  # the objective or its sharded copy
-        state = TrainingState(trained, plan.optimizer.build(trained), stream)
+        state = TrainingState(trained, plan.optimizer.build(trained), stream, sharded=run.fsdp)
         set_seed(plan.seed + accelerator.process_index)
         if checkpoint := folder.last_checkpoint():
             state.load(read_checkpoint(checkpoint), accelerator.process_index)
@@ -105,8 +103,7 @@ def train(
                         write_checkpoint(folder.checkpoints, state.step, parts, plan.keep)
 
         progress.close()
-        if trained is not objective:
-            unshard(objective, trained)
+        run.finish(objective, trained)
         finished = state.step == plan.steps
         if finished and run.main:
             folder.draw()
@@ -128,9 +125,9 @@ def update(
     counts = add_up([objective.counts(batch) for batch in batches], accelerator)
     sums = []
     for micro, batch in enumerate(batches, start=1):
-        # a sharded gradient is shared out in every micro-batch: in one piece it takes the memory that was saved
-        last = micro == plan.accumulation or isinstance(module, FSDPModule)
-        with nullcontext() if last else accelerator.no_sync(module):
+        # sharded gradients are reduced every time: until then each process holds all of them
+        reduces = micro == plan.accumulation or state.sharded
+        with nullcontext() if reduces else accelerator.no_sync(module):
             with autocast(accelerator, plan):
                 found = module(send_to_device(batch, accelerator.device))
             means = [w * found[name] / counts[name].clamp(min=1) for name, w in objective.weights.items()]

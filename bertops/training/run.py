@@ -16,11 +16,9 @@ from accelerate.utils import (
 )
 from torch import nn
 from torch.distributed import is_initialized
-from torch.distributed.fsdp import CPUOffloadPolicy
 
 from bertops.training.plan import Objective, Plan
 from bertops.training.run_folder import RunFolder
-from bertops.training.sharding import shard
 
 KINDS = (
     DistributedType.NO,
@@ -79,8 +77,17 @@ class Run:
         """``objective`` on this process's device, as a replica where there are several, or a sharded copy."""
         if not self.fsdp:
             return self.accelerator.prepare(objective)
+        from bertops.training.sharding import shard  # slow to import
+
         device, reshard = self.accelerator.device, self.reshard_after_forward
         return shard(objective, device, reshard_after_forward=reshard)
+
+    def finish(self, objective: Objective, trained: Objective) -> None:
+        """Gives ``objective`` what its sharded copy has become; in all processes at once."""
+        if self.fsdp:
+            from bertops.training.sharding import unshard
+
+            unshard(objective, trained)
 
     def __enter__(self) -> "Run":
         return self
@@ -93,7 +100,9 @@ def check_accelerate(accelerator: Accelerator) -> None:
     """Raises ValueError where it is set to anything that the training loop does not do, or does itself."""
     kind, steps = accelerator.distributed_type, accelerator.gradient_accumulation_steps
     if kind not in KINDS:
-        raise ValueError(f"accelerate must run on one device, several CPUs or GPUs, or FSDP, got {kind.value}")
+        raise ValueError(
+            f"accelerate must run on one device, several CPUs or GPUs, or FSDP, got {kind.value}"
+        )
     if accelerator.mixed_precision != "no":
         raise ValueError(
             f"accelerate is set to mixed precision {accelerator.mixed_precision}, expected no: the plan "
@@ -108,8 +117,8 @@ def check_accelerate(accelerator: Accelerator) -> None:
     started_alone = "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ
     if accelerator.num_processes == 1 and started_alone and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            "accelerate launch --cpu starts one process whatever --num_processes says, unless under MPI: take "
-            "torchrun, or accelerate launch --multi_gpu with --cpu given to bertops"
+            "accelerate launch --cpu starts one process whatever --num_processes says, unless under MPI: "
+            "take torchrun, or accelerate launch --multi_gpu with --cpu given to bertops"
         )
 
 
@@ -120,12 +129,20 @@ def check_fsdp() -> bool:
         ValueError: there are no processes to shard over, or accelerate asks for what there is not.
     """
     if not is_initialized():
-        raise ValueError("fsdp shards over processes, and there is one: start them with torchrun or accelerate launch")
+        raise ValueError(
+            "fsdp shards over processes, and there is one: start them with torchrun or accelerate launch"
+        )
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return True
+    from torch.distributed.fsdp import CPUOffloadPolicy  # slow to import
+
     asked = FullyShardedDataParallelPlugin()  # from what accelerate launch has set
     if asked.fsdp_version != 2:
-        raise ValueError(f"accelerate is set to FSDP version {asked.fsdp_version}, expected 2: --fsdp_version 2")
+        raise ValueError(
+            f"accelerate is set to FSDP version {asked.fsdp_version}, expected 2: --fsdp_version 2"
+        )
     if asked.activation_checkpointing or isinstance(asked.cpu_offload, CPUOffloadPolicy):
-        raise ValueError("accelerate is set to FSDP's activation checkpointing or CPU offload: there is neither")
+        raise ValueError(
+            "accelerate is set to FSDP's activation checkpointing or CPU offload: there is neither"
+        )
     return bool(asked.reshard_after_forward)

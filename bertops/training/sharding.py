@@ -16,6 +16,7 @@ from torch.distributed import get_world_size
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from bertops.models.encoder import Encoder
 from bertops.training.plan import Objective
@@ -41,13 +42,15 @@ def shard(objective: Objective, device: torch.device, *, reshard_after_forward: 
     frozen = [parameter for parameter in objective.parameters() if not parameter.requires_grad]
     for name, module in objective.named_modules():
         if isinstance(module, nn.RNNBase) and any(p.requires_grad for p in module.parameters()):
-            raise ValueError(f"FSDP does not go with {type(module).__name__} at {name}: leave the model whole")
+            raise ValueError(
+                f"FSDP does not go with {type(module).__name__} at {name}: leave the model whole"
+            )
     copy = deepcopy(objective, {id(parameter): parameter for parameter in frozen})
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (get_world_size(),)),
         "ignored_params": set(frozen),
     }
-    for layer in list(_units(copy)):
+    for layer in list(units(copy)):
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
         layer.attention.bertops_taps = (_Gather(layer),)
     fully_shard(copy, **options)
@@ -56,7 +59,7 @@ def shard(objective: Objective, device: torch.device, *, reshard_after_forward: 
     return copy
 
 
-def _units(objective: Objective) -> Iterator[Any]:
+def units(objective: Objective) -> Iterator[Any]:
     """The layers that train parameters and share none with any other place."""
     places = Counter(id(p) for _, p in objective.named_parameters(remove_duplicate=False))
     for encoder in objective.modules():
@@ -93,11 +96,11 @@ def unshard(objective: Objective, sharded: Objective) -> None:
 
 
 def whole(tree: Any, keep: bool, seen: dict[int, Tensor | None] | None = None) -> Any:
-    """``tree`` of dicts and lists with every shared out tensor in one piece on the CPU; in all processes at once.
+    """``tree`` of dicts and lists with its sharded tensors in one piece on the CPU; in all processes at once.
 
     Args:
-        keep: false where the pieces are not wanted: in all processes but the one that writes them.
-        seen: what was gathered before, so that shared parameters stay shared.
+        keep: false in a process that has no use for the pieces: None stands in their places.
+        seen: what was put together before, so that a parameter with several names stays one tensor.
     """
     seen = {} if seen is None else seen
     if isinstance(tree, dict):
@@ -107,15 +110,29 @@ def whole(tree: Any, keep: bool, seen: dict[int, Tensor | None] | None = None) -
     if not isinstance(tree, DTensor):
         return tree
     if id(tree) not in seen:
-        full = tree.detach().full_tensor()
+        full: Tensor = tree.full_tensor().detach()
         seen[id(tree)] = full.cpu() if keep else None
     return seen[id(tree)]
 
 
-def share_of(value: Tensor, like: Tensor) -> Tensor:
-    """This process's share of ``value`` where ``like`` is shared out, else ``value`` itself."""
-    if not isinstance(like, DTensor) or value.dim() == 0:
+def shares(
+    model: dict[str, Tensor], moments: dict[str, Any], objective: Objective, optimizer: Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """This process's shares of the state dicts of ``objective`` and ``optimizer`` that :func:`whole` gave."""
+    state = objective.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {name: _share(value, state[name]) for name, value in model.items()}, {
+        **moments,
+        "state": {
+            number: {name: _share(value, parameters[number]) for name, value in values.items()}
+            for number, values in moments["state"].items()
+        },
+    }
+
+
+def _share(value: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(like, DTensor) or value.dim() == 0:  # a buffer, or the optimizer's number of steps
         return value
-    given = value.to(like.device, like.dtype)
+    given = value.to(like.device)
     # a copy, because a share is a view of the whole
     return distribute_tensor(given, like.device_mesh, like.placements, src_data_rank=None).clone()

@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from bertops.training.plan import Objective, Stream
-from bertops.training.sharding import share_of, whole
 from bertops.training.window import Window
 
 
@@ -24,17 +22,23 @@ class TrainingState:
     window: Window = field(default_factory=Window)
     step: int = 0  # updates done
     lines: int = 0  # of metrics.jsonl
+    sharded: bool = False  # by bertops.training.sharding
 
     def parts(self, random_states: list[dict[str, Any]], *, keep: bool = True) -> dict[str, Any]:
-        """By file, the same for a sharded objective as for a whole one; called in all processes at once.
+        """By file; tensors are in one piece. Called in all processes at once.
 
         Args:
             random_states: one for every process.
-            keep: false in the processes that do not write, which then hold no whole tensors.
+            keep: false in a process that does not write what comes back.
         """
+        model, optimizer = self._trained(), self.optimizer.state_dict()
+        if self.sharded:
+            from bertops.training.sharding import whole  # slow to import
+
+            model, optimizer = whole([model, optimizer], keep)
         return {
-            "model": whole(self._trained(), keep),
-            "optimizer": whole(self.optimizer.state_dict(), keep),
+            "model": model,
+            "optimizer": optimizer,
             "loop": {
                 "step": self.step,
                 "lines": self.lines,
@@ -45,15 +49,13 @@ class TrainingState:
         }
 
     def load(self, parts: dict[str, Any], process: int) -> None:
-        model, optimizer = self.objective.state_dict(), parts["optimizer"]
-        shares = {name: share_of(value, model[name]) for name, value in parts["model"].items()}
-        self.objective.load_state_dict(shares, strict=False)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = {
-            number: {name: share_of(value, parameters[number]) for name, value in state.items()}
-            for number, state in optimizer["state"].items()
-        }
-        self.optimizer.load_state_dict({**optimizer, "state": moments})
+        model, optimizer = parts["model"], parts["optimizer"]
+        if self.sharded:
+            from bertops.training.sharding import shares  # slow to import
+
+            model, optimizer = shares(model, optimizer, self.objective, self.optimizer)
+        self.objective.load_state_dict(model, strict=False)
+        self.optimizer.load_state_dict(optimizer)
         loop = parts["loop"]
         self.step, self.lines = loop["step"], loop["lines"]
         self.window.load_state_dict(loop["window"])
@@ -65,8 +67,10 @@ class TrainingState:
         frozen = {
             name for name, parameter in self.objective.named_parameters() if not parameter.requires_grad
         }
-        state = self.objective.state_dict(keep_vars=True)  # a shared parameter is one object
-        return {name: x if isinstance(x, DTensor) else x.detach() for name, x in state.items() if name not in frozen}
+        state = self.objective.state_dict(
+            keep_vars=self.sharded
+        )  # whose names of one parameter give one object
+        return {name: x for name, x in state.items() if name not in frozen}
 
 
 def random_state() -> dict[str, Any]:
