@@ -123,6 +123,12 @@ def test_a_run_goes_on_without_fsdp(processes, tmp_path):
         assert one == pytest.approx(other, rel=TOLERANCE)
 
 
+def test_a_shared_parameter_is_one_tensor_in_a_checkpoint(processes):
+    model = end(processes / "all shared")["model"]
+    names = [f"model.encoder.layers.{i}.up.weight" for i in range(3)]
+    assert len({model[name].data_ptr() for name in names}) == 1
+
+
 def test_another_number_of_processes_is_refused(processes):
     with pytest.raises(ValueError, match="processes is 2 there, 1 here"):
         run(processes / "straight", masked_words, LONG)

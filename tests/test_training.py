@@ -228,6 +228,11 @@ def test_a_folder_serves_one_process_at_a_time(straight):
     assert run(straight, dropout=DROPOUT).finished
 
 
+def test_a_folder_that_another_machine_does_not_see(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json, which the main process has written"):
+        RunFolder(tmp_path / "elsewhere", {}, writes=False)
+
+
 def test_accumulation_is_one_big_batch(tmp_path):
     small = replace(PLAN, accumulation=4)
     run(tmp_path / "big", rows=8)

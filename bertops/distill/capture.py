@@ -127,6 +127,9 @@ def capture(model: nn.Module, layers: Iterable[int] = (-1,)) -> Iterator[Taps]:
     * DistributedDataParallel waits for the gradient of every parameter that the model's output depends on,
       and a loss on taps leaves those behind the last tap without one: compute the loss inside the wrapped
       module and return it, with ``find_unused_parameters=True``, or use a loss on the output beside it.
+    * ``fully_shard`` gathers a layer for its backward when a gradient comes to the layer's output, and a loss
+      on taps need not send one there. :class:`bertops.training.Run` with ``fsdp`` sees to that; in a loop of
+      your own, use a loss on the output beside it, or shard the model with ``reshard_after_forward=False``.
     """
     encoder = find_encoder(model)
     order = attention_order(encoder)

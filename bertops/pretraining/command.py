@@ -16,8 +16,8 @@ NEEDS = ("accelerate", "tqdm", "matplotlib", "tokenizers", "safetensors")
 CPU = "stay on the CPU where there is a GPU"
 FSDP = "shard what is trained over the processes (fully sharded data parallel)"
 SEVERAL = (
-    "Several processes: torchrun --nproc-per-node 2 -m bertops ..., or accelerate launch --multi_gpu "
-    "--num_processes 2 -m bertops ...; batch sizes are those of one process."
+    "Several processes: torchrun --nproc-per-node 2 -m bertops ..., or on GPUs accelerate launch "
+    "--num_processes 2 -m bertops ...; the batch size is that of one process."
 )
 SETTINGS: dict[str, type[Settings]] = {"roberta": RobertaSettings, "albert": AlbertSettings}
 
