@@ -48,10 +48,11 @@ def train(
 
     Args:
         run: processes, plan and folder.
-        objective: see :class:`Objective`.
+        objective: see :class:`Objective`. Where ``run`` shards, a copy is trained, of which ``objective`` takes
+            the parameters in the end.
         stream: see :class:`Stream`.
         evaluate: gives held-out numbers; called in every process, in evaluation mode and without gradients.
-            See :func:`measure`.
+            It runs the module equally often in all of them. See :func:`measure`.
         save_model: fills a folder with the final model; called in the main process.
         baselines: what to draw beside a number of the same name, such as a loss that takes no learning.
         card: title and text of the model card.

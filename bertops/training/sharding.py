@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import get_world_size
+from torch.distributed import broadcast, get_world_size
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -31,8 +31,10 @@ def shard(objective: Objective, device: torch.device, *, reshard_after_forward: 
     share parameters, as ALBERT's do. What is frozen, such as a teacher, needs neither gradients nor an
     optimizer's state: each process keeps the whole of it, and the copy has it in common with ``objective``.
 
+    All processes take the first one's parameters and buffers, as replicas do.
+
     Args:
-        objective: the same in all processes, each parameter in one piece.
+        objective: each parameter in one piece.
         device: of this process.
         reshard_after_forward: give the parameters of a layer back between its forward and its backward.
 
@@ -45,6 +47,10 @@ def shard(objective: Objective, device: torch.device, *, reshard_after_forward: 
             raise ValueError(
                 f"FSDP does not go with {type(module).__name__} at {name}: leave the model whole"
             )
+    for tensor in (*objective.parameters(), *objective.buffers()):
+        first = tensor.detach().to(device)
+        broadcast(first, 0)
+        tensor.data.copy_(first)
     copy = deepcopy(objective, {id(parameter): parameter for parameter in frozen})
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (get_world_size(),)),
