@@ -254,7 +254,7 @@ def test_two_processes_of_either_launcher_equal_one(places, tmp_path):
         started[name] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert run(*options, "--out", tmp_path / "one") == 0
     for name, process in started.items():
-        shown = process.communicate(timeout=200)[1]
+        shown = process.communicate(timeout=600)[1]
         assert process.returncode == 0, shown
         assert shown.count("step 4 of 4: ") == 4, "both stages' training and evaluation, of one process"
         for part in ("stages/intermediate", "."):

@@ -48,8 +48,8 @@ def train(
 
     Args:
         run: processes, plan and folder.
-        objective: see :class:`Objective`. Where ``run`` shards, a copy is trained, of which ``objective`` takes
-            the parameters in the end.
+        objective: see :class:`Objective`. Where ``run`` shards, a copy is trained, whose parameters
+            ``objective`` takes in the end.
         stream: see :class:`Stream`.
         evaluate: gives held-out numbers; called in every process, in evaluation mode and without gradients.
             It runs the module equally often in all of them. See :func:`measure`.
