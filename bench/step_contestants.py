@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -208,7 +208,7 @@ class Plain(OfTransformers):
 
     minilm_letters = "qkv"
     tinybert_letters = "qk"
-    outputs: Any = {}  # what the models are asked for, of attention
+    outputs: ClassVar[dict[str, bool]] = {}  # what the models are asked for, of attention
 
     def both(self, batch: Batch, **outputs: bool) -> tuple[Any, Any]:
         with torch.no_grad():
@@ -258,7 +258,7 @@ class Eager(Plain):
     """``attn_implementation="eager"``: the maps that the models return."""
 
     minilm_letters, tinybert_letters = "v", ""
-    outputs: Any = {"output_attentions": True}
+    outputs: ClassVar = {"output_attentions": True}
 
     def minilm(self, batch: Batch) -> Tensor:
         out_s, out_t = self.both(batch, output_attentions=True)
@@ -308,8 +308,7 @@ class Heads:
 
 
 def masked_mse(x_s: Tensor, x_t: Tensor, real: Tensor) -> Tensor:
-    """Both 0 where ``real``, which has 1 in dimensions that it lacks, is false: as TinyBERT's code treats score
-    maps. A mean over what is real."""
+    """A mean over what is ``real``; as in TinyBERT's code both are 0 elsewhere, and ``real`` broadcasts."""
     kept_s, kept_t = torch.where(real, x_s, 0.0), torch.where(real, x_t, 0.0)
     count = real.sum() * (x_s.numel() // real.numel())
     return F.mse_loss(kept_s, kept_t, reduction="sum") / count

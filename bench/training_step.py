@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from bench import paired, plots
 from bench.early_exit import met
 from bench.memory import METHODS as MEMORY_METHODS
 from bench.memory import peak_extra_bytes
-from bench.real import DEFAULT_MODEL, RealModel, texts
+from bench.real import RealModel, texts
 from bench.report import aligned
 from bench.step_contestants import METHODS, Contestant, Pair, contestants
 from bertops._files import write_whole
@@ -39,6 +38,7 @@ STUDENT_LAYERS = (2, 4, 6)
 LEARNING_RATE = 1e-5
 SAME = 1e-4  # relative, of the loss and of every gradient in norm
 NEGLIGIBLE = 1e-4  # of all gradients' norm: a smaller one is rounding, as that of the keys' biases
+WARM_TOKENS = 16
 PEERS = ("transformers eager", "transformers SDPA")
 COLORS = {
     "bertops": plots.COLORS["bertops"],
@@ -85,37 +85,53 @@ def draw_batch(model: RealModel, case: Case) -> Batch:
     return {"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
 
 
+Found = tuple[Tensor, dict[str, Tensor]]  # the loss and its gradients, by name
+
+
 class Step:
-    """A contestant with its optimizer; the first step keeps loss and gradients."""
+    """A contestant with its optimizer and the batch that it trains on, again and again."""
 
     def __init__(self, contestant: Contestant, batch: Batch) -> None:
         self.contestant, self.batch = contestant, batch
         self.optimizer = AdamW(learning_rate=LEARNING_RATE).build(contestant)
 
     def __call__(self, _: object = None) -> None:
-        self.forward_backward()
-        self.finish()
+        self.differentiate(self.batch)
+        self.update()
 
-    def forward_backward(self) -> Tensor:
-        loss = self.contestant(self.batch)
+    def differentiate(self, batch: Batch) -> Tensor:
+        loss = self.contestant(batch)
         loss.backward()
         return loss.detach()
 
-    def finish(self) -> None:
+    def update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def first(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and gradients."""
-        loss = self.forward_backward()
-        gradients = {name: x.clone() for name, x in self.contestant.gradients().items()}
-        self.finish()
-        return loss, gradients
+    def warm_up(self) -> None:
+        """A small step at rate 0: what a first one keeps for good is there, the parameters stay."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.differentiate({name: x[:1, :WARM_TOKENS] for name, x in self.batch.items()})
+        self.update()
+        for group in self.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE
+
+    def first(self) -> tuple[Found, int | None]:
+        """Loss and gradients of a step, and its peak extra memory in bytes."""
+        self.warm_up()
+        found = []
+
+        def step() -> None:
+            loss = self.differentiate(self.batch)
+            found.append((loss, {name: x.clone() for name, x in self.contestant.gradients().items()}))
+            self.update()
+
+        peak = peak_extra_bytes(self.batch["mask"].device, step)
+        return found[0], peak
 
 
-def differences(
-    actual: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]
-) -> tuple[float, float]:
+def differences(actual: Found, expected: Found) -> tuple[float, float]:
     """Relative difference of the loss, and the largest of a gradient that is not negligible."""
     (loss, mine), (expected_loss, theirs) = actual, expected
     total = torch.stack([x.norm() for x in theirs.values()]).norm()
@@ -131,7 +147,7 @@ def differences(
 def measure(
     case: Case, teacher: BertForSequenceClassification, batch: Batch, budget_s: float
 ) -> dict[str, Any]:
-    """Every contestant checked against eager, then timed in turns, then its memory."""
+    """The first step of every contestant checked against eager's, then all timed in turns."""
     device = batch["mask"].device
     relation_heads = teacher.config.num_attention_heads
     layers = [min(layer, teacher.config.num_hidden_layers) for layer in STUDENT_LAYERS]
@@ -142,17 +158,17 @@ def measure(
     steps = {name: Step(contestant, batch) for name, contestant in named.items()}
     firsts = {name: step.first() for name, step in steps.items()}
     results: dict[str, dict[str, Any]] = {}
-    for name, found in firsts.items():
-        loss, gradient = differences(found, firsts["transformers eager"])
+    for name, (found, peak) in firsts.items():
+        loss, gradient = differences(found, firsts["transformers eager"][0])
         right = loss <= SAME and gradient <= SAME
         results[name] = {"right": right, "loss_difference": loss, "gradient_difference": gradient}
+        results[name]["peak_extra_bytes"] = peak
     del firsts
     right = {name: step for name, step in steps.items() if results[name]["right"]}
     timed = [paired.Contestant(name, step, known_s=1.0) for name, step in right.items()]
     clock = paired.WallClock(device)
     for name, seconds in paired.run_rounds(timed, clock, budget_s=budget_s, min_rounds=3).items():
         results[name]["seconds"] = seconds
-        results[name]["peak_extra_bytes"] = peak_extra_bytes(device, right[name])
     return {
         "method": case.method,
         "batch": case.batch,
@@ -186,7 +202,8 @@ def targets(case: Case, results: dict[str, dict[str, Any]]) -> dict[str, dict[st
 def report(measured: dict[str, Any]) -> str:
     results = measured["contestants"]
     lines = [
-        f"{measured['method']} · B{measured['batch']} N{measured['length']}, {measured['padding']:.0%} padding"
+        f"{measured['method']} · B{measured['batch']} N{measured['length']}, "
+        f"{measured['padding']:.0%} padding"
     ]
     rows = [("", "a step", "vs bertops", "extra MB", "loss differs", "gradients")]
     for name, result in results.items():
