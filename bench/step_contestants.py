@@ -147,10 +147,10 @@ class WithBertops(Contestant):
         return self.relations(MiniLMv2Loss(self.relation_heads), batch)
 
     def relations(self, loss: MiniLMLoss | MiniLMv2Loss, batch: Batch) -> Tensor:
-        with capture(self.student) as taps_s, capture(self.teacher) as taps_t:
+        with capture(self.student, stop=True) as taps_s:
             self.run(self.student, batch)
-            with torch.no_grad():
-                self.run(self.teacher, batch)
+        with capture(self.teacher, stop=True) as taps_t, torch.no_grad():
+            self.run(self.teacher, batch)
         return combine(loss(taps_s[-1], taps_t[-1]))
 
     def tinybert(self, batch: Batch) -> Tensor:
