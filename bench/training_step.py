@@ -290,16 +290,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in wanted:
         measured = measure(case, teacher, draw_batch(real, case), options.budget)
         print(report(measured), flush=True)
-        run["cases"][case.name] = measured
+        cases = {**run["cases"], case.name: measured}
+        run["cases"] = {known.name: cases[known.name] for known in CASES if known.name in cases}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(options.out, (json.dumps(run, indent=1) + "\n").encode())
         missed += [f"{case.name}: {name}" for name, t in measured["targets"].items() if not t["met"]]
-    run["cases"] = {case.name: run["cases"][case.name] for case in CASES if case.name in run["cases"]}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    for path, content in (
-        (options.out, (json.dumps(run, indent=1) + "\n").encode()),
-        (options.out.with_suffix(".png"), draw(run)),
-    ):
-        write_whole(path, content)
-        print(f"wrote {path}")
+    figure = options.out.with_suffix(".png")
+    write_whole(figure, draw(run))
+    print(f"wrote {options.out} and {figure}")
     if missed:
         print(f"missed: {'; '.join(missed)}", file=sys.stderr)
     return int(bool(missed))
