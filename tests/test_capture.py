@@ -318,8 +318,10 @@ def test_stop_of_one_model_ends_no_block_of_another():
         assert torch.is_grad_enabled()
         student(**inputs)
     assert taps_s[-1].q.requires_grad and not taps_t[2].q.requires_grad
-    with bertops.capture(student, stop=True) as taps_s, bertops.capture(student, [1]) as inner:
-        student(**inputs)
+    with bertops.capture(student, stop=True) as taps_s:
+        with bertops.capture(student, [1]) as inner:
+            student(**inputs)
+        pytest.fail("the block of another capture ended the stop")
     assert taps_s[-1].layer == 3 and inner[1].layer == 1
 
 
