@@ -79,7 +79,7 @@ class _Gather:
     """Listens where :func:`bertops.capture` does, for losses on q, k and v of a layer.
 
     A layer is gathered for its backward when a gradient comes to its output, and such a loss need not send
-    one there.
+    one there. Where capture stops the forward inside a layer, the layer stays gathered.
     """
 
     def __init__(self, layer: FSDPModule) -> None:
