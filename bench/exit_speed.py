@@ -27,6 +27,7 @@ from bertops.ops.exit_decision import ExitDecision, exit_decision
 BATCHES = (64, 128, 256, 512)
 GRAPH_BATCHES = (1, 4, 8)
 POOL_BATCHES = 8  # of requests
+WORDS = (1000, 30000)
 CERTAIN = 1e4
 
 
@@ -98,7 +99,7 @@ def graph_of(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def measure_batch(model: FastBert, batch: int, length: int, device: torch.device, budget_s: float) -> dict:
-    ids = torch.randint(1000, 30000, (batch, length), device=device)
+    ids = torch.randint(*WORDS, (batch, length), device=device)
     criterion = Scripted(model.num_layers)
     contestants: dict[str, Callable[[], Any]] = {
         "full": lambda: model.infer(ids, speed=0.0),
@@ -120,7 +121,7 @@ def measure_batch(model: FastBert, batch: int, length: int, device: torch.device
 def measure_pool(model: FastBert, batch: int, length: int, device: torch.device) -> dict[str, float]:
     """Requests a second through the pool, over the full model's in batches of the same size."""
     criterion = Scripted(model.num_layers)
-    requests = list(torch.randint(1000, 30000, (POOL_BATCHES * batch, length)).numpy())
+    requests = list(torch.randint(*WORDS, (POOL_BATCHES * batch, length)).numpy())
     pending = 4 * batch * model.num_layers
     rates = []
     with ExitPool(model, criterion=criterion, max_batch=batch, max_wait_s=1.0, max_pending=pending) as pool:
@@ -129,7 +130,7 @@ def measure_pool(model: FastBert, batch: int, length: int, device: torch.device)
             for future in [pool.submit(ids) for ids in requests]:
                 future.result()
             rates.append(len(requests) / (time.perf_counter() - start))
-    ids = torch.randint(1000, 30000, (batch, length), device=device)
+    ids = torch.randint(*WORDS, (batch, length), device=device)
     full = compare(model, {"full": lambda: model.infer(ids, speed=0.0)}, device, 0.3)["seconds"]["full"]
     return {"batch": batch, "per_s": max(rates), "full_per_s": batch / full}
 

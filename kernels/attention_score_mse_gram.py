@@ -20,9 +20,11 @@ from bertops.kernels.launch import (
     BlockConfig,
     architecture,
     block_config,
+    ceil_div,
     compiled,
     in_place,
     padded_head_dim,
+    power_of_two,
     prepare_sequences,
     run,
 )
@@ -336,13 +338,13 @@ def attention_score_mse_gram_fwd(
     if grams.numel() == 0 or length == 0:
         return sums.zero_(), grams.zero_()
     config, flags = _config("gram_chunks", q_s, q_t)
-    tiles = triton.cdiv(max(q_s.shape[3], q_t.shape[3]), config.block_n)
+    tiles = ceil_div(max(q_s.shape[3], q_t.shape[3]), config.block_n)
     programs = 2 * tiles * tiles
     chunk = _chunk_rows(batch * length * heads * programs // _PROGRAMS, length)
     if sequences.num_sequences:
         chunks = heads * (length // chunk + count)
     else:
-        chunks = count * heads * triton.cdiv(length, chunk)
+        chunks = count * heads * ceil_div(length, chunk)
     alone = chunks == count * heads and not sequences.num_sequences
     parts = grams if alone else grams.new_empty((chunks, 2, width, width))
     arguments = q_s, k_s, q_t, k_t, parts, *(x.stride()[:3] for x in (q_s, k_s, q_t, k_t))
@@ -356,7 +358,7 @@ def attention_score_mse_gram_fwd(
         {**flags, "CHUNK": chunk},
         programs,
     )
-    block_w = triton.next_power_of_2(width)
+    block_w = power_of_two(width)
     with torch.cuda.device_of(q_s):
         _sum_kernel[(count * heads,)](
             parts,
@@ -400,7 +402,7 @@ def attention_score_mse_gram_bwd(
         sequences.num_sequences,
         (*arguments, *strides, *sequences, float(scale_s), -float(scale_t)),
         {**flags, "BLOCK_K": config.block_n},
-        2 * triton.cdiv(q_s.shape[3], config.block_n),
+        2 * ceil_div(q_s.shape[3], config.block_n),
     )
     return dq_s, dk_s
 
@@ -416,4 +418,4 @@ def _config(name: str, q_s: Tensor, q_t: Tensor) -> tuple[BlockConfig, dict[str,
 
 def _chunk_rows(wanted: int, length: int) -> int:
     """A power of 2, so that few lengths compile a kernel of their own."""
-    return min(triton.next_power_of_2(max(wanted, _LEAST_CHUNK)), triton.next_power_of_2(length))
+    return min(power_of_two(max(wanted, _LEAST_CHUNK)), power_of_two(length))

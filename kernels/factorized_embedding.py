@@ -8,7 +8,6 @@ for each token, 4.2 MB; positions, types and A stay in the L2 cache. Beside 30 M
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -25,7 +24,14 @@ from bertops.kernels.embedding_rows import (
     sum_rows,
 )
 from bertops.kernels.factorized_embedding_bwd import factorized_embedding_bwd
-from bertops.kernels.launch import INTERPRETER, architecture, block_config, compiled, padded_head_dim
+from bertops.kernels.launch import (
+    INTERPRETER,
+    architecture,
+    block_config,
+    ceil_div,
+    compiled,
+    padded_head_dim,
+)
 from bertops.kernels.tiles import load_rows
 
 __all__ = ["factorized_embedding_bwd", "factorized_embedding_fwd"]
@@ -178,13 +184,13 @@ def factorized_embedding_fwd(
         stride = projection.stride(0)
         projection_bias = None if projection_bias is None else projection_bias.contiguous()
         blocks = projection_blocks(architecture(word.device), projection.dtype, width, dropout_p > 0)
-        columns = triton.cdiv(height, blocks["BLOCK_N"])
-        parts = min(columns, triton.cdiv(_PROGRAMS, triton.cdiv(tokens, blocks["BLOCK_M"])))
-        part_blocks = triton.cdiv(columns, parts)
-        parts = triton.cdiv(columns, part_blocks)
+        columns = ceil_div(height, blocks["BLOCK_N"])
+        parts = min(columns, ceil_div(_PROGRAMS, ceil_div(tokens, blocks["BLOCK_M"])))
+        part_blocks = ceil_div(columns, parts)
+        parts = ceil_div(columns, part_blocks)
     run_tokens(
         _kernel,
-        (triton.cdiv(tokens, blocks["BLOCK_M"]), parts),
+        (ceil_div(tokens, blocks["BLOCK_M"]), parts),
         word,
         (out, mean, rstd, projection, projection_bias, part_blocks, float(eps), *arguments),
         # debug alone compiles device_assert in; it would check every sum of integers for overflow too

@@ -6,7 +6,6 @@ rows of tables. Nothing is added atomically: every sum has one order.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from bertops.kernels.embedding_rows import (
     run_tokens,
     sum_rows,
 )
-from bertops.kernels.launch import architecture, compiled
+from bertops.kernels.launch import architecture, ceil_div, compiled
 
 _ROW_ELEMENTS = 2048  # of a block of tokens
 _PROGRAMS = 512  # whose sums are added at the end
@@ -149,7 +148,7 @@ def factorized_embedding_bwd(
     dx = word.new_empty((*input_ids.shape, width)) if any(want[:3]) else None
     y = projection.new_empty((tokens, width)) if projection is not None and want[5] else None
     blocks = row_blocks(architecture(word.device), width, _ROW_ELEMENTS)
-    programs = min(_PROGRAMS, triton.cdiv(tokens, blocks["BLOCK_M"]))
+    programs = min(_PROGRAMS, ceil_div(tokens, blocks["BLOCK_M"]))
     parts = mean.new_empty((programs, 2, width)) if any(want[3:5]) else None
     if any(x is not None for x in (dx, y, parts)):
         ids = input_ids, position_ids, token_type_ids

@@ -291,6 +291,6 @@ def run(
             return heads * (length // meta[block] + num_sequences), programs
         return batch * heads * ceil_div(length, meta[block]), programs
 
-    meta = {} if isinstance(kernel, triton.runtime.Autotuner) else config.meta()
+    meta = {} if AUTOTUNE and isinstance(kernel, triton.runtime.Autotuner) else config.meta()
     with torch.cuda.device_of(q):
         kernel[grid](*arguments, **flags, **meta, enable_fp_fusion=True)

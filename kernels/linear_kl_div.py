@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertops.kernels.launch import power_of_two
 from bertops.kernels.linear_loss import (
     Grads,
     Student,
@@ -151,7 +152,7 @@ def _run(
     rows = loss_rows(student.hidden)
     words = student.weight.shape[0]
     mask = None if mask is None else mask.contiguous()
-    block = min(BLOCK, triton.next_power_of_2(words))
+    block = min(BLOCK, power_of_two(words))
     for here in chunks(rows.shape[0], 10 * words):
         logits_s, outputs = outputs_and_grads(student, here, grads is not None)
         logits_t, _ = outputs_and_grads(teacher, here, False)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bertops._library import accumulator_dtype
+from bertops.kernels.launch import ceil_div
 
 CHUNK_BYTES = 2**26  # of what the kernel of the loss reads and writes
 
@@ -45,7 +46,7 @@ def without_padding(hidden: Tensor, mask: Tensor | None) -> Tensor:
 def chunks(rows: int, bytes_of_row: int) -> Iterator[slice]:
     """Of about equal size."""
     most = max(1, CHUNK_BYTES // bytes_of_row)
-    step = triton.cdiv(rows, max(1, triton.cdiv(rows, most)))
+    step = ceil_div(rows, max(1, ceil_div(rows, most)))
     return (slice(first, min(first + step, rows)) for first in range(0, rows, max(1, step)))
 
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertops.kernels.launch import power_of_two
 from bertops.kernels.linear_loss import (
     Grads,
     Student,
@@ -126,6 +127,6 @@ def _launch(
     mask = None if mask is None else mask.contiguous()
     tensors = projected, bias, hidden_t, grad_rows, mask, rows, grads
     strides = projected.stride(0), hidden_t.stride(0)
-    block = min(BLOCK, triton.next_power_of_2(width))
+    block = min(BLOCK, power_of_two(width))
     with torch.cuda.device_of(rows):
         _kernel[(count,)](*tensors, first, width, *strides, BLOCK=block, num_warps=NUM_WARPS)

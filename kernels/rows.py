@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bertops.kernels.launch import BlockConfig
+from bertops.kernels.launch import BlockConfig, ceil_div, power_of_two
 
 TILE = 4096  # elements that a program holds of either model at a time
 
@@ -117,7 +117,7 @@ def row_pair_bwd(
 
 def row_blocks(width: int) -> BlockConfig:
     """Rows and columns that a program holds at a time."""
-    block = min(TILE, max(16, triton.next_power_of_2(width)))
+    block = min(TILE, max(16, power_of_two(width)))
     return BlockConfig(max(1, TILE // 4 // block), block, 8 if block == TILE else 4, 3)
 
 
@@ -140,4 +140,4 @@ def launch(
     sizes = {"WIDTH": width, "BLOCK": config.block_n, "ROWS": config.block_m, "num_warps": config.num_warps}
     pair = x_s, x_s.stride()[:2], x_t, x_t.stride()[:2], mask, count, length, float(option)
     with torch.cuda.device_of(x_s):
-        kernel[(triton.cdiv(count, config.block_m),)](*own, *pair, **flags, **sizes)
+        kernel[(ceil_div(count, config.block_m),)](*own, *pair, **flags, **sizes)

@@ -282,6 +282,68 @@ def test_packed_rows_of_transformers():
     assert_same("lse", taps[-1].lse[0].transpose(0, 1), rows(padded.lse, real))
 
 
+@pytest.mark.parametrize("kind", ["ours", "ours, unpadded", "transformers", "albert"])
+def test_stop_ends_the_forward_behind_the_last_layer(kind):
+    """The taps and their gradients are those of a whole forward, and nothing runs that they do not need."""
+    own = kind.startswith("ours")
+    model = our_model() if own else hf_model("bert" if kind == "transformers" else "albert")
+    inputs, real = batch()
+    inputs = ours(inputs) if own else inputs
+    if kind == "ours, unpadded":
+        inputs["unpad"], real = True, torch.ones(1, int(real.sum()), dtype=torch.bool)
+    for layers in ([1], [2, 1], [-1]):
+        model.zero_grad()
+        with bertops.capture(model, layers) as taps:
+            model(**inputs)
+        some_loss(taps, real).backward()
+        expected = gradients(model)
+        model.zero_grad()
+        names = vars(model).keys()
+        with bertops.capture(model, layers, stop=True) as stopped:
+            model(**inputs)
+            pytest.fail("the forward came to its end")
+        some_loss(stopped, real).backward()
+        assert_same("gradients", gradients(model), expected)
+        assert vars(model).keys() == names and not model._forward_pre_hooks
+        for tap, whole in zip(stopped, taps, strict=True):
+            assert tap.layer == whole.layer and torch.equal(tap.lse, whole.lse)
+
+
+def test_stop_of_one_model_ends_no_block_of_another():
+    student, teacher = our_model(), our_model()
+    inputs = ours(batch()[0])
+    with bertops.capture(student) as taps_s:
+        with bertops.capture(teacher, [2], stop=True) as taps_t, torch.no_grad():
+            teacher(**inputs)
+        assert torch.is_grad_enabled()
+        student(**inputs)
+    assert taps_s[-1].q.requires_grad and not taps_t[2].q.requires_grad
+    with bertops.capture(student, stop=True) as taps_s:
+        with bertops.capture(student, [1]) as inner:
+            student(**inputs)
+        pytest.fail("the block of another capture ended the stop")
+    assert taps_s[-1].layer == 3 and inner[1].layer == 1
+
+
+def test_stop_before_the_layer_recorded_nothing():
+    model = our_model()
+    with bertops.capture(model) as later, bertops.capture(model, [1], stop=True):
+        model(**ours(batch()[0]))
+    with pytest.raises(RuntimeError, match="layer -1 recorded nothing"):
+        later[-1]
+
+
+def test_a_batch_without_padding_is_not_packed():
+    model = our_model()
+    inputs = ours(batch()[0])
+    inputs["mask"] = torch.ones_like(inputs["mask"])
+    with bertops.capture(model) as taps:
+        expected = model(**inputs).last_hidden_state
+        actual = model(**inputs, unpad=True).last_hidden_state
+    assert taps[-1].cu_seqlens is None and taps[-1].mask is None
+    assert_same("hidden", actual, expected)
+
+
 def test_each_forward_replaces_the_last_and_frees_it():
     model = our_model()
     first, second = ours(batch(seed=1)[0]), ours(batch(seed=2)[0])

@@ -3,7 +3,11 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +25,6 @@ from small_task import (
     assert_same_metrics,
     metrics,
     run,
-    run_on_two_processes,
     same_model,
     write_model,
     write_teacher,
@@ -217,7 +220,8 @@ def test_finished_stage_is_not_run_again(places, tmp_path, monkeypatch):
     assert all(torch.equal(x, before[name]) for name, x in tensors(tmp_path / "out").items())
 
 
-def test_two_processes_equal_one(places, tmp_path):
+def test_two_processes_of_either_launcher_equal_one(places, tmp_path):
+    """Replicas under torchrun; shards of the student under accelerate launch."""
     teacher = write_teacher(
         tmp_path / "teacher",
         hidden_dropout_p=0.0,
@@ -226,11 +230,43 @@ def test_two_processes_equal_one(places, tmp_path):
         classifier_dropout_p=0.0,
     )
     options = ["distill", "tinybert", "--teacher", teacher, "--data", places["data"], *SHORT, *OFTEN, *STEPS]
-    options += RECIPES["tinybert"]
+    options += [*RECIPES["tinybert"], "--evaluate-every", "4"]  # drawing takes longer than training
+    sharded = ["--use_fsdp", "--fsdp_version", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    sharded += ["--dynamo_backend", "no"]
+    launchers = {
+        "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
+        "accelerate": ["accelerate.commands.launch", "--num_processes", "2", *sharded, "--main_process_port"],
+    }
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path]),
+        "HF_HOME": str(tmp_path),  # no configuration of accelerate's from before
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    unsaid = ["--quiet"] if torch.accelerator.is_available() else ["--quiet", "--cpu"]
+    half = [argument for argument in options if argument not in unsaid] + ["--batch-size", "4"]
+    started = {}
+    for name, launcher in launchers.items():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command = [sys.executable, "-m", *launcher, port, "-m", "bertops", *half, "--out", tmp_path / name]
+        command = [str(word) for word in command]
+        started[name] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert run(*options, "--out", tmp_path / "one") == 0
-    run_on_two_processes(*options, "--batch-size", "4", "--out", tmp_path / "two")
-    for part in ("stages/intermediate", "."):
-        assert_same_metrics(tmp_path / "one" / part, tmp_path / "two" / part, rel=1e-5, abs=1e-7)
+    for name, process in started.items():
+        shown = process.communicate(timeout=600)[1]
+        assert process.returncode == 0, shown
+        assert shown.count("step 4 of 4: ") == 4, "both stages' training and evaluation, of one process"
+        for part in ("stages/intermediate", "."):
+            both = metrics(tmp_path / "one" / part), metrics(tmp_path / name / part)
+            for one, two in zip(*both, strict=True):
+                for number, value in (one.get("evaluation") or one).items():
+                    found = (two.get("evaluation") or two)[number]
+                    assert found == pytest.approx(value, rel=1e-5, abs=1e-7), (name, number)
+        ours, theirs = tensors(tmp_path / name), tensors(tmp_path / "one")
+        assert {n: x.shape for n, x in ours.items()} == {n: x.shape for n, x in theirs.items()}
 
 
 # Refused

@@ -21,7 +21,7 @@ from bertops.training import AdamW, Plan, checkpoint, curves
 from bertops.training.checkpoint import checkpoint_steps, read_checkpoint
 from bertops.training.optimizer import linear
 from bertops.training.run_folder import RunFolder
-from training_run import DROPOUT, PLAIN, PLAN, Toy, held_out, metrics, run
+from training_run import DROPOUT, PLAIN, PLAN, Toy, assert_same, held_out, metrics, run
 
 
 @pytest.fixture(autouse=True)
@@ -61,23 +61,6 @@ def processes(tmp_path_factory) -> Path:
     statuses = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
     assert json.loads(statuses) == [-signal.SIGKILL, 0, 0]
     return out
-
-
-def assert_same(found, expected, where: str = "") -> None:
-    """Equal to the last bit, and nothing on either side alone."""
-    assert type(found) is type(expected), where
-    if isinstance(found, torch.Tensor):
-        assert torch.equal(found, expected), where
-    elif isinstance(found, dict):
-        assert found.keys() == expected.keys(), where
-        for key in found:
-            assert_same(found[key], expected[key], f"{where}.{key}")
-    elif isinstance(found, list | tuple):
-        assert len(found) == len(expected), where
-        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-            assert_same(one, other, f"{where}[{i}]")
-    else:
-        assert found == expected, where
 
 
 def assert_same_run(out: Path, expected: Path) -> None:
@@ -243,6 +226,11 @@ def test_a_folder_serves_one_process_at_a_time(straight):
     with RunFolder(straight, config), pytest.raises(BlockingIOError, match="another process"):
         run(straight, dropout=DROPOUT)
     assert run(straight, dropout=DROPOUT).finished
+
+
+def test_a_folder_that_another_machine_does_not_see(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json, which the main process has written"):
+        RunFolder(tmp_path / "elsewhere", {}, writes=False)
 
 
 def test_accumulation_is_one_big_batch(tmp_path):

@@ -157,5 +157,22 @@ def metrics(out) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
+def assert_same(found, expected, where: str = "") -> None:
+    """Equal to the last bit, and nothing on either side alone."""
+    assert type(found) is type(expected), where
+    if isinstance(found, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(found, dict):
+        assert found.keys() == expected.keys(), where
+        for key in found:
+            assert_same(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(found, list | tuple):
+        assert len(found) == len(expected), where
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same(one, other, f"{where}[{i}]")
+    else:
+        assert found == expected, where
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:])

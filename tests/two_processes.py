@@ -1,4 +1,4 @@
-"""Runs one command of bertops in two gloo processes, forked after one import; for test_recipes.py."""
+"""Runs one command of bertops in two gloo processes, forked after one import; for test_distill_text.py."""
 
 import os
 import sys

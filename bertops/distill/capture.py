@@ -62,7 +62,7 @@ class Taps:
             raise KeyError(f"layer {layer!r} was not asked for: capture(model, layers={list(self.layers)})")
         number, recorder, use = self._places[layer]
         calls, expected = len(recorder.calls), len(recorder.wanted)
-        if calls < expected:
+        if calls < recorder.least:
             raise RuntimeError(
                 f"layer {layer} recorded nothing: the model's forward has not come to it inside the capture "
                 "block, in the thread that entered the block, with attn_implementation='bertops' (read taps "
@@ -80,7 +80,7 @@ class Taps:
 
 
 @contextmanager
-def capture(model: nn.Module, layers: Iterable[int] = (-1,)) -> Iterator[Taps]:
+def capture(model: nn.Module, layers: Iterable[int] = (-1,), *, stop: bool = False) -> Iterator[Taps]:
     """Records q, k, v and lse of ``layers`` in every forward of ``model`` inside the block.
 
     ::
@@ -106,6 +106,9 @@ def capture(model: nn.Module, layers: Iterable[int] = (-1,)) -> Iterator[Taps]:
             there.
         layers: counted from 1, as in the papers, or from the end, -1 being the last. A shared layer (ALBERT)
             counts every time it runs.
+        stop: end the forward, and with it the block, once the last of ``layers`` has attended: for a loss on
+            taps alone. The forward returns nothing, and is the last thing in the block. A compiled model
+            runs to its end.
 
     Returns:
         Entering gives :class:`Taps`: ``taps[layer]`` is a :class:`Tap`.
@@ -127,6 +130,9 @@ def capture(model: nn.Module, layers: Iterable[int] = (-1,)) -> Iterator[Taps]:
     * DistributedDataParallel waits for the gradient of every parameter that the model's output depends on,
       and a loss on taps leaves those behind the last tap without one: compute the loss inside the wrapped
       module and return it, with ``find_unused_parameters=True``, or use a loss on the output beside it.
+    * ``fully_shard`` gathers a layer for its backward when a gradient comes to the layer's output, and a loss
+      on taps need not send one there. :class:`bertops.training.Run` with ``fsdp`` sees to that; in a loop of
+      your own, use a loss on the output beside it, or shard the model with ``reshard_after_forward=False``.
     """
     encoder = find_encoder(model)
     order = attention_order(encoder)
@@ -136,6 +142,7 @@ def capture(model: nn.Module, layers: Iterable[int] = (-1,)) -> Iterator[Taps]:
     if not layers:
         raise ValueError("layers must not be empty")
     numbers = {layer: layer_number("layers", layer, len(order)) for layer in layers}
+    last = max(numbers.values()) if stop else len(order)
     owner = _Owner()
     recorders: dict[nn.Module, _Recorder] = {}
     places = {}
@@ -143,7 +150,9 @@ def capture(model: nn.Module, layers: Iterable[int] = (-1,)) -> Iterator[Taps]:
         module = order[number - 1]
         uses = [i + 1 for i, other in enumerate(order) if other is module]
         if module not in recorders:
-            recorders[module] = _Recorder(owner, tuple(i in numbers.values() for i in uses))
+            wanted = tuple(i in numbers.values() for i in uses)
+            least = sum(i <= last for i in uses)
+            recorders[module] = _Recorder(owner, wanted, least, stop and last in uses)
         places[layer] = (number, recorders[module], uses.index(number))
 
     owner.here = True
@@ -154,7 +163,11 @@ def capture(model: nn.Module, layers: Iterable[int] = (-1,)) -> Iterator[Taps]:
                 _attach(holder, recorder)
                 stack.callback(_detach, holder, recorder)
         stack.callback(encoder.register_forward_pre_hook(_begin).remove)
-        yield Taps(layers, places)
+        try:
+            yield Taps(layers, places)
+        except _Stop as reached:
+            if reached.owner is not owner:
+                raise
 
 
 class _Owner(threading.local):
@@ -164,6 +177,14 @@ class _Owner(threading.local):
         self.here = False
 
 
+class _Stop(BaseException):
+    """Ends a forward of which no more is wanted."""
+
+    def __init__(self, owner: _Owner) -> None:
+        super().__init__()
+        self.owner = owner
+
+
 class _Recorder:
     """The calls of one attention module in one forward of its model.
 
@@ -171,9 +192,11 @@ class _Recorder:
     and not by who: every block after the first runs the graph of the first.
     """
 
-    def __init__(self, owner: _Owner, wanted: tuple[bool, ...]) -> None:
+    def __init__(self, owner: _Owner, wanted: tuple[bool, ...], least: int, stops: bool) -> None:
         self.owner = owner
         self.wanted = wanted  # of the module's calls in one forward
+        self.least = least  # calls after which everything wanted is there
+        self.stops = stops  # the forward, with the last of them
         self.calls: list[Any] = []  # the arguments of record where wanted, else None
         self.with_gradients = False
 
@@ -205,6 +228,8 @@ class _Recorder:
         call = len(self.calls)
         wanted = call < len(self.wanted) and self.wanted[call]
         self.calls.append((q, k, v, lse, mask, cu_seqlens, window, scale) if wanted else None)
+        if self.stops and len(self.calls) == self.least and not torch.compiler.is_compiling():
+            raise _Stop(self.owner)
 
     def __reduce__(self) -> Any:
         raise TypeError("a model cannot be copied or pickled while it is captured: leave the block first")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bertops.distill.settings import FinetuneSettings, Settings
+from bertops.pretraining.command import CPU, FSDP, SEVERAL
 
 SYSTEMS = ("bilstm", "distilbert", "fastbert", "minilm", "mobilebert", "pkd", "tinybert")
 NEEDS = ("accelerate", "tqdm", "matplotlib", "tokenizers", "safetensors")
@@ -23,7 +24,9 @@ OUT = "folder of the run; the same command goes on with it"
 
 def add_finetune(commands: Any) -> None:
     parser = commands.add_parser(
-        "finetune", help="a pretrained encoder, or some of its layers, learns a task from its labels"
+        "finetune",
+        help="a pretrained encoder, or some of its layers, learns a task from its labels",
+        epilog=SEVERAL,
     )
     parser.add_argument("--model", default=argparse.SUPPRESS, help="folder or hub id of the encoder")
     add_run_options(parser, FinetuneSettings)
@@ -35,7 +38,7 @@ def add_distill(commands: Any) -> None:
         "distill",
         help="a small student learns a task, or plain text, from its teacher, by the recipe of a paper",
         epilog="python -m bertops distill SYSTEM --help lists a recipe's options on a task, "
-        "distill SYSTEM --text FILE --help those on plain text",
+        f"distill SYSTEM --text FILE --help those on plain text. {SEVERAL}",
     )
     parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="of the recipe")
@@ -70,7 +73,7 @@ def add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default=unset, help=DATA)
     parser.add_argument("--out", default=unset, help=OUT)
     parser.add_argument("--config", metavar="FILE.yaml", type=Path, help="options by name; flags win")
-    for flag, text in (("--cpu", "stay on the CPU where there is a GPU"), ("--quiet", "show no progress")):
+    for flag, text in (("--cpu", CPU), ("--fsdp", FSDP), ("--quiet", "show no progress")):
         parser.add_argument(flag, action="store_true", default=unset, help=text)
 
 
@@ -118,7 +121,10 @@ def distill(options: argparse.Namespace) -> int:
         kind = recipe.TextOptions if on_text else recipe.Options
         description = (recipe.__doc__ or "").partition("\n")[0]
         parser = argparse.ArgumentParser(
-            prog=f"python -m bertops distill {system}", description=description, parents=[places]
+            prog=f"python -m bertops distill {system}",
+            description=description,
+            epilog=SEVERAL,
+            parents=[places],
         )
         add_settings(parser, kind)
         given = given_options(parser.parse_args(options.options))
@@ -202,14 +208,14 @@ def settings_of(kind: type[Settings], given: dict[str, Any], places: tuple[str, 
     if missing:
         raise ValueError(f"--{missing[0]} must be given, as a flag or in the file of --config")
     names = {entry.name for entry in fields(kind)}
-    unknown = sorted(given.keys() - names - {*places, "cpu", "quiet", "command", "run", "config"})
+    unknown = sorted(given.keys() - names - {*places, "cpu", "fsdp", "quiet", "command", "run", "config"})
     if unknown:
         raise ValueError(f"unknown option {unknown[0]}; there are {', '.join(sorted(names))}")
     return kind(**{name: value for name, value in given.items() if name in names})
 
 
 def shown(given: dict[str, Any]) -> dict[str, bool]:
-    return {name: bool(given.get(name, False)) for name in ("cpu", "quiet")}
+    return {name: bool(given.get(name, False)) for name in ("cpu", "fsdp", "quiet")}
 
 
 def table(found: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ class Stages:
         model: folder or hub id of the teacher, or of what is fine-tuned, with ``tokenizer.json``.
         out: a new or empty folder, or that of the same run, which goes on.
         settings: see :class:`bertops.distill.settings.Settings`.
-        cpu, quiet: as in :class:`bertops.training.Run` and :func:`bertops.training.train`.
+        cpu, fsdp, quiet: as in :class:`bertops.training.Run` and :func:`bertops.training.train`.
     """
 
     def __init__(
@@ -46,11 +46,13 @@ class Stages:
         settings: Settings,
         *,
         cpu: bool = False,
+        fsdp: bool = False,
         quiet: bool = False,
     ) -> None:
         self.recipe, self.model, self.out, self.settings = recipe, model, Path(out), settings
         self.folder = resolve_folder(model)
-        self.cpu, self.quiet = cpu, quiet
+        self.quiet = quiet
+        self._processes = {"cpu": cpu, "fsdp": fsdp}
         self._stack = ExitStack()
         self._run: Run | None = None
 
@@ -99,7 +101,7 @@ class Stages:
         Raises:
             FileExistsError, BlockingIOError, ValueError: it holds other things or another run, or is in use.
         """
-        self._run = self._stack.enter_context(Run(self.out, plan, self._config("last"), cpu=self.cpu))
+        self._run = self._stack.enter_context(Run(self.out, plan, self._config("last"), **self._processes))
 
     @property
     def run(self) -> Run:
@@ -109,7 +111,7 @@ class Stages:
 
     def stage(self, name: str, objective: Distillation, plan: Plan, stream: Stream | None = None) -> None:
         """Trains ``objective`` in ``out/stages/name``, or reads what it came to."""
-        with Run(self.out / STAGES / name, plan, self._config(name), cpu=self.cpu) as run:
+        with Run(self.out / STAGES / name, plan, self._config(name), **self._processes) as run:
             self._train(run, objective, stream, f"{self.recipe}, {name}")
 
     def last_stage(self, objective: Distillation, stream: Stream | None = None) -> Outcome:

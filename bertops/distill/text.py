@@ -31,7 +31,7 @@ class TextWork(Stages):
 
     Args:
         text: a file, or a folder of ``*.txt``: one sentence a line, an empty line between documents.
-        recipe, model, out, settings, cpu, quiet: as :class:`bertops.distill.stages.Stages` takes them.
+        recipe, model, out, settings, cpu, fsdp, quiet: as :class:`bertops.distill.stages.Stages` takes them.
 
     Raises:
         FileNotFoundError, ValueError: there is no text, or fewer than two documents; the teacher's tokenizer

@@ -22,7 +22,7 @@ class Work(Stages):
 
     Args:
         data: as :func:`bertops.data.read_task` takes it.
-        recipe, model, out, settings, cpu, quiet: as :class:`bertops.distill.stages.Stages` takes them.
+        recipe, model, out, settings, cpu, fsdp, quiet: as :class:`bertops.distill.stages.Stages` takes them.
     """
 
     settings: TaskSettings

@@ -123,6 +123,8 @@ def run_unpadded(
         )
     packed = pack_ids(config, input_ids, mask, token_type_ids, position_ids)
     batch, length = input_ids.shape
+    if len(packed.indices) == batch * length:  # no padding
+        return model(input_ids, None, token_type_ids, position_ids, **outputs)
 
     def unpack(x: object) -> object:
         if isinstance(x, tuple):

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from bertops.training import Outcome
 
 NEEDS = ("accelerate", "tqdm", "matplotlib", "tokenizers", "safetensors")
+CPU = "stay on the CPU where there is a GPU"
+FSDP = "shard what is trained over the processes (fully sharded data parallel)"
+SEVERAL = (
+    "Several processes: torchrun --nproc-per-node 2 -m bertops ..., or on GPUs accelerate launch "
+    "--num_processes 2 -m bertops ...; the batch size is that of one process."
+)
 SETTINGS: dict[str, type[Settings]] = {"roberta": RobertaSettings, "albert": AlbertSettings}
 
 
@@ -22,7 +28,7 @@ def add_pretrain(commands: Any) -> None:
     )
     recipes = parser.add_subparsers(dest="recipe", required=True)
     for name, settings in SETTINGS.items():
-        recipe = recipes.add_parser(name, help=f"a small {name} from scratch")
+        recipe = recipes.add_parser(name, help=f"a small {name} from scratch", epilog=SEVERAL)
         recipe.add_argument(
             "--text",
             required=True,
@@ -34,7 +40,8 @@ def add_pretrain(commands: Any) -> None:
         recipe.add_argument(
             "--data", type=Path, help="folder of the split, tokenizer and token ids (default: data in --out)"
         )
-        recipe.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+        recipe.add_argument("--cpu", action="store_true", help=CPU)
+        recipe.add_argument("--fsdp", action="store_true", help=FSDP)
         for field in fields(settings):
             add_setting(recipe, field.name, field.default, field.metadata["help"])
         recipe.set_defaults(run=run_pretrain)
@@ -79,4 +86,5 @@ def run(settings: Settings, options: argparse.Namespace) -> "Outcome":
 
     recipes: dict[str, type[Recipe]] = {"roberta": Roberta, "albert": Albert}
     recipe = recipes[options.recipe](settings)
-    return pretrain(recipe, options.text, options.out, data=options.data, cpu=options.cpu)
+    processes = {"cpu": options.cpu, "fsdp": options.fsdp}
+    return pretrain(recipe, options.text, options.out, data=options.data, **processes)

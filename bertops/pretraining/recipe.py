@@ -51,6 +51,7 @@ def pretrain(
     *,
     data: str | Path | None = None,
     cpu: bool = False,
+    fsdp: bool = False,
     quiet: bool = False,
 ) -> Outcome:
     """Trains a model from scratch on ``text``, or goes on with the run in ``out``.
@@ -64,7 +65,7 @@ def pretrain(
         out: the run's folder, see :func:`bertops.training.train`.
         data: folder of the split, the tokenizer and the token ids, ``out/data`` by default; runs of the same
             recipe may share one.
-        cpu, quiet: as in :class:`bertops.training.Run` and :func:`bertops.training.train`.
+        cpu, fsdp, quiet: as in :class:`bertops.training.Run` and :func:`bertops.training.train`.
 
     Raises:
         FileNotFoundError, ValueError: there is no text, or fewer than two documents.
@@ -72,7 +73,7 @@ def pretrain(
     """
     settings, source = recipe.settings, fingerprint(text)
     config = {"recipe": recipe.title, "text": source, **asdict(settings)}
-    with Run(out, settings.plan(), config, cpu=cpu) as run:
+    with Run(out, settings.plan(), config, cpu=cpu, fsdp=fsdp) as run:
         with run.accelerator.main_process_first():
             corpus = prepare(text, Path(data or run.folder.path / "data"), source, recipe.tokenizer, settings)
         masker = recipe.masker(corpus)

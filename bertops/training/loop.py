@@ -48,10 +48,11 @@ def train(
 
     Args:
         run: processes, plan and folder.
-        objective: see :class:`Objective`.
+        objective: see :class:`Objective`. Where ``run`` shards, a copy is trained, whose parameters
+            ``objective`` takes in the end.
         stream: see :class:`Stream`.
         evaluate: gives held-out numbers; called in every process, in evaluation mode and without gradients.
-            See :func:`measure`.
+            It runs the module equally often in all of them. See :func:`measure`.
         save_model: fills a folder with the final model; called in the main process.
         baselines: what to draw beside a number of the same name, such as a loss that takes no learning.
         card: title and text of the model card.
@@ -64,8 +65,9 @@ def train(
     accelerator, plan, folder = run.accelerator, run.plan, run.folder
     folder.baselines = dict(baselines or {})
     with stop_signal() as stop:
-        module = accelerator.prepare(objective)
-        state = TrainingState(objective, plan.optimizer.build(objective), stream)
+        module = run.prepare(objective)
+        trained = accelerator.unwrap_model(module)  # the objective or its sharded copy
+        state = TrainingState(trained, plan.optimizer.build(trained), stream, sharded=run.fsdp)
         set_seed(plan.seed + accelerator.process_index)
         if checkpoint := folder.last_checkpoint():
             state.load(read_checkpoint(checkpoint), accelerator.process_index)
@@ -96,12 +98,13 @@ def train(
                 progress.show(state.step, held_out)
             if state.step % plan.checkpoint_every == 0 or last or stopping:
                 state.lines = len(folder.metrics)
-                parts = state.parts(gather_object([random_state()]))
+                parts = state.parts(gather_object([random_state()]), keep=run.main)
                 with state.window.paused():
                     if run.main:
                         write_checkpoint(folder.checkpoints, state.step, parts, plan.keep)
 
         progress.close()
+        run.finish(objective, trained)
         finished = state.step == plan.steps
         if finished and run.main:
             folder.draw()
@@ -123,11 +126,13 @@ def update(
     counts = add_up([objective.counts(batch) for batch in batches], accelerator)
     sums = []
     for micro, batch in enumerate(batches, start=1):
-        with nullcontext() if micro == plan.accumulation else accelerator.no_sync(module):
+        # sharded gradients are reduced every time: until then each process holds all of them
+        reduces = micro == plan.accumulation or state.sharded
+        with nullcontext() if reduces else accelerator.no_sync(module):
             with autocast(accelerator, plan):
                 found = module(send_to_device(batch, accelerator.device))
             means = [w * found[name] / counts[name].clamp(min=1) for name, w in objective.weights.items()]
-            # DDP averages the gradients of the processes, and they are to be added
+            # DDP and FSDP average the gradients of the processes, and they are to be added
             accelerator.backward(torch.stack(means).sum() * processes)
         sums.append({name: value.detach() for name, value in found.items()})
     if plan.max_grad_norm is not None:

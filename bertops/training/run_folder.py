@@ -35,6 +35,7 @@ class RunFolder:
 
     Raises:
         FileExistsError: ``path`` is a file, or a folder with other things in it.
+        FileNotFoundError: the process that writes has written elsewhere, such as on another machine.
         ValueError: the folder holds a run of another configuration; names what differs.
         BlockingIOError: another process is running in it.
     """
@@ -70,6 +71,11 @@ class RunFolder:
 
     def _settle_config(self, config: dict[str, Any]) -> None:
         file = self.path / CONFIG
+        if not file.exists() and not self.writes:
+            raise FileNotFoundError(
+                f"{self.path} has no {CONFIG}, which the main process has written: give a folder that the "
+                "processes of all machines see"
+            )
         if not file.exists():
             write_whole(file, (json.dumps(config, indent=2) + "\n").encode())
             return

@@ -22,12 +22,23 @@ class TrainingState:
     window: Window = field(default_factory=Window)
     step: int = 0  # updates done
     lines: int = 0  # of metrics.jsonl
+    sharded: bool = False  # by bertops.training.sharding
 
-    def parts(self, random_states: list[dict[str, Any]]) -> dict[str, Any]:
-        """By file; ``random_states`` has one for every process."""
+    def parts(self, random_states: list[dict[str, Any]], *, keep: bool = True) -> dict[str, Any]:
+        """By file; tensors are in one piece. Called in all processes at once.
+
+        Args:
+            random_states: one for every process.
+            keep: false in a process that does not write what comes back.
+        """
+        model, optimizer = self._trained(), self.optimizer.state_dict()
+        if self.sharded:
+            from bertops.training.sharding import whole  # slow to import
+
+            model, optimizer = whole([model, optimizer], keep)
         return {
-            "model": self._trained(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "loop": {
                 "step": self.step,
                 "lines": self.lines,
@@ -38,8 +49,13 @@ class TrainingState:
         }
 
     def load(self, parts: dict[str, Any], process: int) -> None:
-        self.objective.load_state_dict(parts["model"], strict=False)
-        self.optimizer.load_state_dict(parts["optimizer"])
+        model, optimizer = parts["model"], parts["optimizer"]
+        if self.sharded:
+            from bertops.training.sharding import shares  # slow to import
+
+            model, optimizer = shares(model, optimizer, self.objective, self.optimizer)
+        self.objective.load_state_dict(model, strict=False)
+        self.optimizer.load_state_dict(optimizer)
         loop = parts["loop"]
         self.step, self.lines = loop["step"], loop["lines"]
         self.window.load_state_dict(loop["window"])
@@ -51,7 +67,10 @@ class TrainingState:
         frozen = {
             name for name, parameter in self.objective.named_parameters() if not parameter.requires_grad
         }
-        return {name: x for name, x in self.objective.state_dict().items() if name not in frozen}
+        state = self.objective.state_dict(
+            keep_vars=self.sharded
+        )  # whose names of one parameter give one object
+        return {name: x for name, x in state.items() if name not in frozen}
 
 
 def random_state() -> dict[str, Any]:

@@ -58,10 +58,10 @@ class Relations(Distillation):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         student, teacher = encoder_of("student", self.student), encoder_of("teacher", self.teacher)
-        with capture(student) as taps_s, capture(teacher, [self.layer]) as taps_t:
+        with capture(student, stop=True) as taps_s:
             student(**inputs(student, batch))
-            with torch.no_grad():
-                teacher(**inputs(teacher, batch))
+        with capture(teacher, [self.layer], stop=True) as taps_t, torch.no_grad():
+            teacher(**inputs(teacher, batch))
         return self.loss(taps_s[-1], taps_t[self.layer])
 
 
