@@ -2,9 +2,9 @@
 
 DIR holds ``train.tsv``, ``dev.tsv`` (text, tab, label) and ``labels.txt``. all-MiniLM-L6-v2, fine-tuned once,
 is the teacher; its three-layer students learn from it by each recipe, or from the labels alone, for several
-seeds. The last stage of each has the same texts, in as many batches of one size; a stage before it has as many
-again, and the table says how many updates and seconds that made. Stopped, the same command goes on: a run goes
-on from its checkpoint, and one that is measured is not run again.
+seeds. The last stage of each has the same texts, in as many batches of one size; a stage before it has as
+many again, and the table says how many updates and seconds that made. Stopped, the same command goes on: a
+run goes on from its checkpoint, and one that is measured is not run again.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -77,6 +77,10 @@ class Method:
     @property
     def module(self) -> Any:
         return import_module(f"bertops.distill.recipes.{self.recipe}")
+
+    @property
+    def slug(self) -> str:
+        return self.name.lower().replace(",", "").replace(" ", "-")
 
     def settings(self, seed: int, options: argparse.Namespace) -> Any:
         stages = dict.fromkeys(("steps", *self.stages), options.steps)
@@ -185,19 +189,11 @@ class Bench:
         yield TEACHER, FIRST, self.teacher
         for seed in self.options.seeds:
             for method in METHODS:
-                yield (
-                    method,
-                    seed,
-                    self.folder / f"{method.name.lower().replace(', ', '-').replace(' ', '-')}-{seed}",
-                )
+                yield method, seed, self.folder / f"{method.slug}-{seed}"
 
     def settings(self, method: Method, seed: int) -> Any:
         settings = method.settings(seed, self.options)
-        return (
-            TEACHER.kind(**{**asdict(settings), "steps": self.options.teacher_steps})
-            if method is TEACHER
-            else settings
-        )
+        return replace(settings, steps=self.options.teacher_steps) if method is TEACHER else settings
 
     def measure(self, method: Method, seed: int, out: Path) -> dict[str, Any]:
         """Trains and evaluates, or reads what that came to; the checkpoints go."""
@@ -271,8 +267,7 @@ class Bench:
             given = argparse.Namespace(
                 **{**vars(self.options), "impl": impl, "fp32": True, "steps": COMPARED_STEPS}
             )
-            settings = method.settings(FIRST, given)
-            settings = method.kind(**{**asdict(settings), "log_every": 1})
+            settings = replace(method.settings(FIRST, given), log_every=1)
             method.run(settings, model, self.data, out, quiet=True)
             curves[name] = [losses(run) for run in stages(out)]
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
