@@ -93,7 +93,7 @@ class Method:
             (finetune if self.recipe == "finetune" else self.module.distill)(work, settings)
 
 
-TEACHER = Method("teacher", "finetune", "all of the pretrained encoder", {"learning_rate": 1e-4})
+TEACHER = Method("teacher", "finetune", "all of the pretrained encoder", {"learning_rate": 2e-4})
 METHODS = (
     Method(
         recipe_table.BASE,
@@ -136,7 +136,7 @@ METHODS = (
         "FastBERT",
         "fastbert",
         "all layers of the teacher",
-        {"learning_rate": 5e-4, "finetune_rate": 5e-5},
+        {"learning_rate": 5e-4, "finetune_rate": 2e-4},
         stages=("finetune_steps",),
         speeds=(0.0, 0.5),
     ),
@@ -416,11 +416,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the runs, the JSON and the figure")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--steps", type=positive, default=150, help="of each stage of a student")
-    parser.add_argument("--teacher-steps", type=positive, default=300)
+    parser.add_argument("--steps", type=positive, default=100, help="of each stage of a student")
+    parser.add_argument("--teacher-steps", type=positive, default=200)
     parser.add_argument("--batch-size", type=positive, default=32, help="texts of a step")
-    parser.add_argument("--max-length", type=positive, default=64, help="longer texts are cut")
-    parser.add_argument("--dev-texts", type=positive, default=2000, help="first of dev.tsv that measure")
+    parser.add_argument("--max-length", type=positive, default=48, help="longer texts are cut")
+    parser.add_argument("--dev-texts", type=positive, default=1000, help="first of dev.tsv that measure")
     parser.add_argument("--model", help="folder or hub id of the encoder (default: all-MiniLM-L6-v2)")
     parser.add_argument("--impl", choices=CHOICES, default="auto", help="of the ops of bertops")
     parser.add_argument("--fp32", action="store_true", help="train without bfloat16")
