@@ -43,6 +43,7 @@ COMPARED_STEPS = 20
 NEVER = 10**9  # steps between evaluations and checkpoints; the last step has both
 NUDGE = 2**-23  # of a weight, in fp32 the distance to its neighbour or half of it
 NOT_A_LOSS = ("step", "learning_rate", "tokens_per_second", "seconds")
+NOT_SETTINGS = ("data", "out", "model", "time", "compare_impl")
 LEFT_OUT = {
     "mobilebert": "its teacher has to be an IB-BERT, a MobileBERT's widths throughout, and MiniLM is none"
 }
@@ -175,10 +176,11 @@ class Bench:
     name: str
     folder: Path
     options: argparse.Namespace
+    fingerprint: dict[str, Any]
 
     @property
     def data(self) -> Path:
-        return self.folder / "data"
+        return self.folder / "texts" / self.name
 
     @property
     def teacher(self) -> Path:
@@ -198,7 +200,12 @@ class Bench:
     def measure(self, method: Method, seed: int, out: Path) -> dict[str, Any]:
         """Trains and evaluates, or reads what that came to; the checkpoints go."""
         settings = self.settings(method, seed)
-        made_by = {"recipe": method.recipe, "settings": asdict(settings), "speeds": list(method.speeds)}
+        made_by = {
+            "recipe": method.recipe,
+            "settings": asdict(settings),
+            "speeds": list(method.speeds),
+            "data": self.fingerprint,
+        }
         if (found := read(out / MEASURED)) and found["made_by"] == made_by:
             return found
         (out / MEASURED).unlink(missing_ok=True)
@@ -223,9 +230,8 @@ class Bench:
         """Of each method's first model, all in turns on the same texts: the median over rounds."""
         if found := read(self.folder / TIMES):
             return found
-        some = self.folder / "timed"
-        if not some.exists():
-            write_task(self.data, some, TIMED_TEXTS)
+        some = self.folder / "texts" / "timed"
+        write_task(self.data, some, TIMED_TEXTS)
         models = [
             (title, out / "model", speed)
             for method, seed, out in self.runs()
@@ -284,8 +290,6 @@ class Bench:
 def write_task(data: Path, folder: Path, dev_texts: int) -> None:
     """The task of ``data`` with only the first texts of ``dev.tsv``."""
     task = read_task(data)
-    if task.dev.pairs is not None:
-        raise ValueError(f"{data} must have one text a row, has pairs")
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in ((TRAIN, task.train), (DEV, task.dev.first(dev_texts))):
         rows = (f"{text}\t{label}" for text, label in zip(part.texts, part.labels, strict=True))
@@ -351,10 +355,9 @@ def write(path: Path, content: Any) -> None:
 
 def prepare(data: Path, options: argparse.Namespace) -> Bench:
     name = data.resolve().name
-    bench = Bench(name, options.out / name, options)
-    if not (bench.data / LABELS).exists():
-        write_task(data, bench.data, options.dev_texts)
-    return bench
+    texts = options.out / name / "texts" / name
+    write_task(data, texts, options.dev_texts)
+    return Bench(name, options.out / name, options, read_task(texts).fingerprint())
 
 
 def run_table(benches: Sequence[Bench], options: argparse.Namespace) -> None:
@@ -370,14 +373,14 @@ def run_table(benches: Sequence[Bench], options: argparse.Namespace) -> None:
             (bench.folder / TIMES).unlink(missing_ok=True)
         rows = recipe_table.rows((TEACHER, *METHODS), found[bench.name], bench.times())
         tasks[bench.name] = {
-            "data": read_task(bench.data).fingerprint(),
+            "data": bench.fingerprint,
             "rows": rows,
             "runs": found[bench.name],
         }
     table = {
         "machine": machine(torch.device("cpu")),
         "model": options.model or DEFAULT_MODEL,
-        "settings": {name: x for name, x in vars(options).items() if name not in ("data", "out", "model")},
+        "settings": {name: x for name, x in vars(options).items() if name not in NOT_SETTINGS},
         "left_out": LEFT_OUT,
         "tasks": tasks,
     }
