@@ -113,9 +113,9 @@ METHODS = (
     Method(
         "PKD",
         "pkd",
-        "layers 1, 2, 3 of the teacher",
+        "layers 2, 4, 6 of the teacher",
         {"learning_rate": 3e-4},
-        options={"layers": LAYERS},
+        options={"layers": LAYERS, "start": "2,4,6"},
     ),
     Method(
         "TinyBERT",
