@@ -149,7 +149,7 @@ METHODS = (
         options={"augment": 2},
     ),
     Method(
-        "BiLSTM, labels alone",
+        "BiLSTM, no teacher",
         "bilstm",
         "word vectors of the teacher",
         {"learning_rate": 2e-3},
@@ -419,7 +419,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the runs, the JSON and the figure")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--steps", type=positive, default=100, help="of each stage of a student")
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        nargs="+",
+        default=[100],
+        help="of each stage of a student, perhaps by folder",
+    )
     parser.add_argument("--teacher-steps", type=positive, default=200)
     parser.add_argument("--batch-size", type=positive, default=32, help="texts of a step")
     parser.add_argument("--max-length", type=positive, default=48, help="longer texts are cut")
@@ -435,7 +441,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     options.seeds = list(dict.fromkeys(options.seeds))
-    benches = [prepare(data, options) for data in options.data]
+    if len(options.steps) not in (1, len(options.data)):
+        parser.error(f"--steps must be one number or {len(options.data)}, one a folder, got {options.steps}")
+    steps = options.steps * (len(options.data) if len(options.steps) == 1 else 1)
+    benches = [
+        prepare(data, argparse.Namespace(**{**vars(options), "steps": count}))
+        for data, count in zip(options.data, steps, strict=True)
+    ]
     try:
         (run_comparison if options.compare_impl else run_table)(benches, options)
     except (Stopped, KeyboardInterrupt) as stopped:
