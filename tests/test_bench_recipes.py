@@ -99,6 +99,12 @@ def test_table_stopped_and_resumed(options, tmp_path, monkeypatch, capsys):
         recipes.main([*options, "--teacher-steps", "5"])
 
 
+def test_steps_are_for_all_folders_or_one_for_each(options, capsys):
+    with pytest.raises(SystemExit):
+        recipes.main([*options, "--steps", "4", "5"])
+    assert "--steps must be one number or 1, one a folder, got [4, 5]" in capsys.readouterr().err
+
+
 def test_implementations_compared(options, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recipes, "COMPARED_STEPS", 3)
     monkeypatch.setattr(recipes, "METHODS", recipes.METHODS[1:3])
