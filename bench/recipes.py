@@ -273,7 +273,11 @@ class Bench:
             given = argparse.Namespace(
                 **{**vars(self.options), "impl": impl, "fp32": True, "steps": COMPARED_STEPS}
             )
-            settings = replace(method.settings(FIRST, given), log_every=1)
+            settings = replace(
+                method.settings(FIRST, given),
+                log_every=1,
+                train_texts=COMPARED_STEPS * self.options.batch_size,
+            )
             method.run(settings, model, self.data, out, quiet=True)
             curves[name] = [losses(run) for run in stages(out)]
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
