@@ -137,7 +137,7 @@ METHODS = (
         "FastBERT",
         "fastbert",
         "all layers of the teacher",
-        {"learning_rate": 5e-4, "finetune_rate": 3e-4},
+        {"learning_rate": 5e-4, "finetune_rate": 1e-4},
         stages=("finetune_steps",),
         speeds=(0.0, 0.5),
     ),
