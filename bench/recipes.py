@@ -263,6 +263,8 @@ class Bench:
         teacher, nudged = self.teacher / "model", self.folder / "nudged"
         if not nudged.exists():
             nudge(teacher, nudged, read_task(self.data).labels)
+        some = self.folder / "texts" / "compared"
+        write_task(self.data, some, self.options.batch_size)
         curves = {}
         for name, impl, model in (
             ("bertops", "auto", teacher),
@@ -278,7 +280,7 @@ class Bench:
                 log_every=1,
                 train_texts=COMPARED_STEPS * self.options.batch_size,
             )
-            method.run(settings, model, self.data, out, quiet=True)
+            method.run(settings, model, some, out, quiet=True)
             curves[name] = [losses(run) for run in stages(out)]
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
         return {
