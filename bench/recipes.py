@@ -27,7 +27,6 @@ from bertops._backend import CHOICES
 from bertops._files import write_whole
 from bertops.cli import machine, positive
 from bertops.data.task import DEV, LABELS, TRAIN, read_task
-from bertops.distill import classifiers
 from bertops.distill.evaluate import evaluate
 from bertops.distill.finetune import finetune
 from bertops.distill.settings import FinetuneSettings, Settings
@@ -41,7 +40,6 @@ TIMED_TEXTS, ROUNDS = 256, 3  # of latency and throughput
 FIRST, SEEDS = 0, (0, 1, 2)
 COMPARED_STEPS = 20
 NEVER = 10**9  # steps between evaluations and checkpoints; the last step has both
-NUDGE = 2**-23  # of a weight, in fp32 the distance to its neighbour or half of it
 NOT_A_LOSS = ("step", "learning_rate", "tokens_per_second", "seconds")
 NOT_SETTINGS = ("data", "out", "model", "time", "compare_impl")
 LEFT_OUT = {
@@ -254,41 +252,26 @@ class Bench:
         write(self.folder / TIMES, times)
         return times
 
-    def compare(self, method: Method) -> dict[str, Any]:
-        """The losses of the same few steps with the ops of bertops and with the formulas in plain PyTorch.
-
-        ``rounding`` is the difference that weights make which are one rounding away from the teacher's: what
-        fp32 itself leaves open.
-        """
-        teacher, nudged = self.teacher / "model", self.folder / "nudged"
-        if not nudged.exists():
-            nudge(teacher, nudged, read_task(self.data).labels)
+    def compare(self, method: Method, steps: int) -> dict[str, Any]:
+        """The losses of the same few steps with the ops of bertops and with their formulas in plain PyTorch."""
         some = self.folder / "texts" / "compared"
         write_task(self.data, some, self.options.batch_size)
         curves = {}
-        for name, impl, model in (
-            ("bertops", "auto", teacher),
-            ("reference", "reference", teacher),
-            ("nudged", "reference", nudged),
-        ):
+        for name, impl in (("bertops", "auto"), ("reference", "reference")):
             out = self.folder / "compared" / f"{method.recipe}-{name}"
-            given = argparse.Namespace(
-                **{**vars(self.options), "impl": impl, "fp32": True, "steps": COMPARED_STEPS}
-            )
+            given = argparse.Namespace(**{**vars(self.options), "impl": impl, "fp32": True, "steps": steps})
             settings = replace(
                 method.settings(FIRST, given),
                 log_every=1,
-                train_texts=COMPARED_STEPS * self.options.batch_size,
+                train_texts=steps * self.options.batch_size,
             )
-            method.run(settings, model, some, out, quiet=True)
+            method.run(settings, self.teacher / "model", some, out, quiet=True)
             curves[name] = [losses(run) for run in stages(out)]
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
         return {
             "recipe": method.recipe,
             "steps": [len(stage) for stage in curves["reference"]],
             "first_step": difference(curves["bertops"], curves["reference"], 1),
             "all_steps": difference(curves["bertops"], curves["reference"]),
-            "rounding": difference(curves["nudged"], curves["reference"]),
             "curves": curves,
         }
 
@@ -301,17 +284,6 @@ def write_task(data: Path, folder: Path, dev_texts: int) -> None:
         rows = (f"{text}\t{label}" for text, label in zip(part.texts, part.labels, strict=True))
         write_whole(folder / name, "\n".join(("text\tlabel", *rows, "")).encode())
     write_whole(folder / LABELS, "\n".join((*task.labels, "")).encode())
-
-
-def nudge(model: Path, folder: Path, labels: Sequence[str]) -> None:
-    """A copy of a classifier whose weights are off by about a rounding."""
-    classifier = classifiers.load_classifier(model, labels)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in classifier.parameters():
-            parameter.mul_(1 + NUDGE * torch.randn(parameter.shape, generator=generator))
-    folder.mkdir()
-    classifiers.save_classifier(classifier, folder, labels, model)
 
 
 def stages(out: Path) -> list[Path]:
@@ -406,7 +378,7 @@ def run_comparison(benches: Sequence[Bench], options: argparse.Namespace) -> Non
         bench.measure(TEACHER, FIRST, bench.teacher)
         methods = {method.recipe: method for method in METHODS if method.recipe != "finetune"}.values()
         bar = tqdm(methods, unit="recipe", dynamic_ncols=True)
-        tasks[bench.name] = [bench.compare(method) for method in bar]
+        tasks[bench.name] = [bench.compare(method, options.compare_impl) for method in bar]
     print(recipe_table.comparison(tasks))
     path = options.out / "recipes-impl.json"
     write(path, {"machine": machine(torch.device("cpu")), "tasks": tasks})
@@ -442,8 +414,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--time", action="store_true", help="measure latency and throughput again")
     parser.add_argument(
         "--compare-impl",
-        action="store_true",
-        help="a few steps of every recipe with and without the ops of bertops, in place of the table",
+        type=positive,
+        nargs="?",
+        const=COMPARED_STEPS,
+        metavar="STEPS",
+        help="so many steps of every recipe, 20 by default, with and without the ops of bertops, in fp32, in "
+        "place of the table",
     )
     options = parser.parse_args(arguments)
     options.seeds = list(dict.fromkeys(options.seeds))
