@@ -253,7 +253,7 @@ class Bench:
         return times
 
     def compare(self, method: Method, steps: int) -> dict[str, Any]:
-        """The losses of the same few steps with the ops of bertops and with their formulas in plain PyTorch."""
+        """The losses of the same few steps with the ops of bertops and with the formulas in plain PyTorch."""
         some = self.folder / "texts" / "compared"
         write_task(self.data, some, self.options.batch_size)
         curves = {}
