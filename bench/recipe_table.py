@@ -170,10 +170,12 @@ def label(axes: Any, found: Sequence[Mapping[str, Any]]) -> None:
         near = [top for at, top in placed if abs(at - x) < 0.3 * width]
         y = max([y, *(top + apart for top in near)])
         placed.append((x, y))
+        left = x > 0.6 * width  # no room on the right
         axes.annotate(
             row["name"],
             (x, row["mean"]),
-            (x + 0.05 * width, y),
+            (x - 0.04 * width, y) if left else (x + 0.04 * width, y),
+            ha="right" if left else "left",
             va="center",
             fontsize=8,
             arrowprops={"arrowstyle": "-", "color": plots.QUIET, "linewidth": 0.4},
