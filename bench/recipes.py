@@ -376,8 +376,8 @@ def run_comparison(benches: Sequence[Bench], options: argparse.Namespace) -> Non
     tasks = {}
     for bench in benches:
         bench.measure(TEACHER, FIRST, bench.teacher)
-        methods = {method.recipe: method for method in METHODS if method.recipe != "finetune"}.values()
-        bar = tqdm(methods, unit="recipe", dynamic_ncols=True)
+        first = {method.recipe: method for method in reversed(METHODS) if method.recipe != "finetune"}
+        bar = tqdm(reversed(first.values()), total=len(first), unit="recipe", dynamic_ncols=True)
         tasks[bench.name] = [bench.compare(method, options.compare_impl) for method in bar]
     print(recipe_table.comparison(tasks))
     path = options.out / "recipes-impl.json"

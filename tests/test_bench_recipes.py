@@ -106,18 +106,21 @@ def test_steps_are_for_all_folders_or_one_for_each(options, capsys):
 
 
 def test_implementations_compared(options, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recipes, "METHODS", recipes.METHODS[1:3])
+    other = replace(recipes.METHODS[1], name="another", options={"layers": 1})
+    monkeypatch.setattr(recipes, "METHODS", (*recipes.METHODS[1:3], other))
     assert recipes.main([*options, "--compare-impl", "3"]) == 0
     printed = capsys.readouterr().out
     assert "| distilbert | 3 |" in printed and "| tinybert | 3 + 3 |" in printed
-    (rows,) = json.loads((tmp_path / "out/recipes-impl.json").read_text())["tasks"].values()
-    assert [row["recipe"] for row in rows] == ["distilbert", "tinybert"]
-    assert [row["steps"] for row in rows] == [[3], [3, 3]]
-    assert set(rows[1]["curves"]["bertops"][0][0]) == {"embedding", "hidden", "attention"}
-    for row in rows:
+    (found,) = json.loads((tmp_path / "out/recipes-impl.json").read_text())["tasks"].values()
+    rows = {row["recipe"]: row for row in found}
+    assert {name: row["steps"] for name, row in rows.items()} == {"distilbert": [3], "tinybert": [3, 3]}
+    config = json.loads((tmp_path / "out/films/compared/distilbert-bertops/config.json").read_text())
+    assert config["layers"] == 2  # of two methods by one recipe the first
+    assert set(rows["tinybert"]["curves"]["bertops"][0][0]) == {"embedding", "hidden", "attention"}
+    for row in found:
         assert 0 < row["first_step"] <= row["all_steps"]
     # the answers of a teacher of four steps differ by so little that their KL is all rounding
-    curves = [rows[1]["curves"][name][:1] for name in ("bertops", "reference")]
+    curves = [rows["tinybert"]["curves"][name][:1] for name in ("bertops", "reference")]
     assert recipes.difference(*curves) < 1e-6
 
 
