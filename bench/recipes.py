@@ -137,6 +137,7 @@ METHODS = (
         "all layers of the teacher",
         {"learning_rate": 5e-4, "finetune_rate": 1e-4},
         stages=("finetune_steps",),
+        options={"classifier_factor": 5.0},  # the rates of bench/exit_training.py
         speeds=(0.0, 0.5),
     ),
     Method(

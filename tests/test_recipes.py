@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import small_task
 from bertops import models
@@ -127,6 +128,17 @@ def test_recipe_with_kernels_and_with_plain_pytorch(places, tmp_path, system, ca
         options += ["--speed", "0.5"]
     assert run("eval", *options) == 0
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_fastbert_classifier_learns_at_a_rate_of_its_own(places, tmp_path):
+    """Its hidden layers stay as they were drawn at a factor of 0, and change at another."""
+    drawn = {}
+    for factor in ("0", "1", "1000"):
+        assert distill(places, "fastbert", tmp_path / factor, "--classifier-factor", factor) == 0
+        with safe_open(tmp_path / factor / "model/exits.safetensors", "pt") as file:
+            drawn[factor] = file.get_tensor("teacher.dense.weight")
+    moved = {factor: (x - drawn["0"]).abs().max() for factor, x in drawn.items()}
+    assert 0 < moved["1"] < 1e-2 < moved["1000"]
 
 
 def test_students_of_transformers_architectures_load_there(places, tmp_path):

@@ -24,6 +24,7 @@ class Options(TaskSettings):
     finetune_epochs: float = setting(3.0, "of the fine-tuning before it")
     finetune_steps: int = setting(0, "of the fine-tuning, in place of epochs")
     finetune_rate: float = setting(2e-5, "learning rate of the fine-tuning, its peak")
+    classifier_factor: float = setting(1.0, "how many times that rate the new classifier has in it")
     head_size: int = setting(128, "width of the classifiers")
     head_heads: int = setting(2, "attention heads of the classifiers")
 
@@ -73,7 +74,10 @@ def distill(work: Work, options: Options) -> Outcome:
     model = FastBert(encoder, len(labels), head_size=options.head_size, num_heads=options.head_heads)
     work.open(work.plan())
     finetuning = work.plan(
-        epochs=options.finetune_epochs, steps=options.finetune_steps, learning_rate=options.finetune_rate
+        epochs=options.finetune_epochs,
+        steps=options.finetune_steps,
+        learning_rate=options.finetune_rate,
+        rates={"student.teacher.": options.classifier_factor},
     )
     work.stage("finetuning", Backbone(model), finetuning)
     return work.last_stage(SelfDistillation(model.freeze()))
