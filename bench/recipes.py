@@ -30,8 +30,9 @@ from bertops.data.task import DEV, LABELS, TRAIN, read_task
 from bertops.distill.evaluate import evaluate
 from bertops.distill.finetune import finetune
 from bertops.distill.settings import FinetuneSettings, Settings
+from bertops.distill.stages import STAGES
 from bertops.distill.stopped import Stopped
-from bertops.distill.work import STAGES, Work
+from bertops.distill.work import Work
 
 OUT = Path(__file__).resolve().parent / "out" / "recipes"
 MEASURED, TIMES = "measured.json", "times.json"
