@@ -293,9 +293,12 @@ def test_position_table_overflow(family, longest):
     columns = f"position must have a row for each of the {longest + 1} columns of input_ids"
     places = rf"position must have a row .*, got position 32 at \[0, {longest}\]"
     packed = {"cu_seqlens": torch.tensor([0, longest + 1], dtype=torch.int32)}
-    for message, options in ((columns, {}), (counted, {"unpad": True}), (places, packed)):
+    for message, options in ((columns, {}), (columns, {"unpad": True}), (places, packed)):
         with pytest.raises(ValueError, match=counted if family == "roberta" else message):
             model(ids, **options)
+    mask = torch.arange(longest + 1) < torch.tensor([[longest + 1], [5]])
+    with pytest.raises(ValueError, match=counted):
+        model(ids.expand(2, -1), mask, unpad=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: values are not looked at there")
