@@ -25,6 +25,7 @@ from bertops.pretraining.albert import MaskedLanguageModelingAndSentenceOrder
 from bertops.pretraining.roberta import MaskedLanguageModeling
 from bertops.training import AdamW, Objective, Outcome, Plan, Run, curves, measure, train
 from small_task import CONFIG, IB_BERT, far_from_zero
+from two_processes import in_two_processes
 
 TOKENS, ROWS, LENGTH = CONFIG.vocab_size, 3, 7
 NO_DROPOUT = {
@@ -193,20 +194,6 @@ def all_runs(out: Path) -> None:
     long(out / "killed")
 
 
-def in_two_processes(work: Callable[[Path], None], out: Path, port: str) -> list[int]:
-    """Their exit statuses."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    children = []
-    for rank in "01":
-        child = os.fork()
-        if not child:
-            os.environ |= {**shared, "RANK": rank, "LOCAL_RANK": rank, "GLOO_SOCKET_IFNAME": "lo"}
-            work(out)
-            os._exit(0)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
 def main(folder: str, *ports: str) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # as under test
@@ -214,7 +201,10 @@ def main(folder: str, *ports: str) -> None:
     works = (killed, all_runs)
     print(
         json.dumps(
-            [in_two_processes(work, Path(folder), port) for work, port in zip(works, ports, strict=True)]
+            [
+                in_two_processes(partial(work, Path(folder)), port)
+                for work, port in zip(works, ports, strict=True)
+            ]
         )
     )
 
