@@ -51,7 +51,7 @@ def main() -> int:
     outcomes = {}
     for masking in COLORS:
         outcomes[masking] = compare(text, options.out, replace(settings, masking=masking))
-        if not outcomes[masking].finished:
+        if outcomes[masking].stopped:
             return 1
     corpus = prepare(text, options.out / "data", fingerprint(text), Roberta.tokenizer, settings)
     blocks = Roberta(settings).examples(corpus, corpus.train).count()

@@ -361,7 +361,7 @@ def test_stopped_by_a_signal_and_resumed_equals_straight(places, tmp_path, monke
     assert distill(places, "distilbert", tmp_path / "straight", teacher="roberta") == 0  # with dropout
     monkeypatch.setattr(Batches, "__next__", act)
     assert distill(places, "distilbert", tmp_path / "halves", teacher="roberta") == 1
-    assert "stopped after step 3: the same command goes on" in capsys.readouterr().err
+    assert "stopped after step 3 when a signal came: the same command goes on" in capsys.readouterr().err
     assert distill(places, "distilbert", tmp_path / "halves", teacher="roberta") == 0
     assert len(drawn) == 4
     assert metrics(tmp_path / "halves") == metrics(tmp_path / "straight")

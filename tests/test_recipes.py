@@ -18,6 +18,7 @@ from bertops import models
 from bertops.distill.data import ClassificationStream
 from bertops.models import MobileBertForSequenceClassification
 from bertops.models.checkpoint import read_tensors
+from bertops.training import loop
 from small_task import (
     CONFIG,
     IB_BERT,
@@ -212,12 +213,34 @@ def test_stopped_by_a_signal_and_resumed_equals_straight(places, tmp_path, monke
     waiting = ["signal"]
     monkeypatch.setattr(ClassificationStream, "__next__", act)
     assert distill(places, "tinybert", tmp_path / "halves") == 1
-    assert "stopped after step 3: the same command goes on" in capsys.readouterr().err
+    assert "stopped after step 3 when a signal came: the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "halves/model").exists()
     assert distill(places, "tinybert", tmp_path / "halves") == 0
     for part in ("stages/intermediate", "."):
         assert metrics(tmp_path / "halves" / part) == metrics(tmp_path / "straight" / part)
         assert same_model(tmp_path / "halves" / part, tmp_path / "straight" / part)
+
+
+def test_signal_in_the_last_step_of_a_stage_keeps_the_next_from_beginning(
+    places, tmp_path, monkeypatch, capsys
+):
+    evaluation = loop.run_evaluation
+    steps = []
+
+    def act(*arguments):
+        steps.append("evaluation")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluation(*arguments)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "run_evaluation", act)
+        assert distill(places, "minilm", out, "--evaluate-every", "1000") == 1
+    assert "was complete when a signal came: the same command goes on" in capsys.readouterr().err
+    assert len(steps) == 1
+    assert not (out / "metrics.jsonl").exists()
+    assert distill(places, "minilm", out, "--evaluate-every", "1000") == 0
+    assert (out / "model").exists()
 
 
 def test_finished_stage_is_not_run_again(places, tmp_path, monkeypatch):

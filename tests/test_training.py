@@ -90,12 +90,24 @@ def test_a_killed_run_goes_on_to_the_same_result(straight, processes):
 def test_a_signal_makes_a_checkpoint_and_stops(straight, tmp_path, number):
     handlers = signal.getsignal(number)
     outcome = run(tmp_path, dropout=DROPOUT, act=lambda i: os.kill(os.getpid(), number) if i == 6 else None)
-    assert (outcome.step, outcome.finished) == (7, False)
+    assert (outcome.step, outcome.finished, outcome.stopped) == (7, False, True)
     assert checkpoint_steps(tmp_path / "checkpoints") == [5, 7]
     assert signal.getsignal(number) == handlers
     assert not (tmp_path / "README.md").exists()
     assert run(tmp_path, dropout=DROPOUT).step == PLAN.steps
     assert_same_run(tmp_path, straight)
+
+
+def test_a_signal_in_the_last_evaluation_is_told(tmp_path):
+    def evaluate(accelerator, module):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"accuracy": 1.0}
+
+    outcome = run(tmp_path, replace(PLAN, evaluate_every=PLAN.steps), evaluate=evaluate)
+    assert (outcome.step, outcome.finished, outcome.stopped) == (PLAN.steps, True, True)
+    assert (tmp_path / "README.md").exists()
+    again = run(tmp_path, replace(PLAN, evaluate_every=PLAN.steps))
+    assert (again.finished, again.stopped) == (True, False)
 
 
 def test_a_second_signal_stops_at_once(tmp_path):

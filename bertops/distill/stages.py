@@ -136,8 +136,9 @@ class Stages:
             ),
             quiet=self.quiet,
         )
-        if not outcome.finished:
-            raise Stopped(f"{title} stopped after step {outcome.step}: the same command goes on from there")
+        if outcome.stopped:
+            end = "was complete" if outcome.finished else f"stopped after step {outcome.step}"
+            raise Stopped(f"{title} {end} when a signal came: the same command goes on from there")
         return outcome
 
     def _config(self, stage: str) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def train(
                 folder.save_model(save_model)
             folder.write_card(*card)
         accelerator.wait_for_everyone()
-        return Outcome(state.step, finished, folder.metrics)
+        stopped = any(gather_object([stop.is_set()]))
+        return Outcome(state.step, finished, stopped, folder.metrics)
 
 
 def update(

@@ -88,10 +88,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run stands: ``finished``, or stopped by a signal with its state in a checkpoint."""
+    """Where a run stands: ``finished``, or stopped by a signal with its state in a checkpoint.
+
+    ``stopped``: a signal came, perhaps too late to end a run in its last step; nothing that would follow the
+    run should begin.
+    """
 
     step: int
     finished: bool
+    stopped: bool
     metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
 
     @property
