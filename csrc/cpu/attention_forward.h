@@ -21,33 +21,55 @@ inline void store_scores(const Attention& p, const Sequence& sequence, int64_t h
   }
 }
 
+// The largest score of every query in a vector of them, in four chains: one would wait for each comparison.
+template <class T>
+inline Vec<T> largest(int64_t keys, const T* scores, Vec<T> start) {
+  Vec<T> most[4] = {start, start, start, start};
+  int64_t key = 0;
+  for (; key + 4 <= keys; key += 4) {
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) most[n] = max<T>(most[n], load(scores + (key + n) * kQueryBlock));
+  }
+  for (; key < keys; ++key) most[0] = max<T>(most[0], load(scores + key * kQueryBlock));
+  return max<T>(max<T>(most[0], most[1]), max<T>(most[2], most[3]));
+}
+
+// Scores become exp(score - maximum); returns their sum, which has four parts: short sums keep their bits.
+template <class T>
+inline Vec<T> exponentials(int64_t keys, Vec<T> maximum, T* scores) {
+  const T log2e = static_cast<T>(kLog2E);
+  Vec<T> total[4] = {};
+  int64_t key = 0;
+  const auto take = [&](int64_t at, Vec<T>& sum) {
+    T* s = scores + at * kQueryBlock;
+    const Vec<T> prob = exp2((load(s) - maximum) * log2e);
+    sum += prob;
+    store(s, prob);
+  };
+  for (; key + 4 <= keys; key += 4) {
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) take(key + n, total[n]);
+  }
+  for (; key < keys; ++key) take(key, total[0]);
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
 // One block of keys into the running softmax: S (keys, queries) becomes P relative to the new maximum, and the
 // sums and the outputs so far move to that maximum.
 template <class T>
 inline void softmax_step(int64_t keys, int64_t columns, int64_t width, T* scores, T* maximum, T* sum,
                          T* out) {
-  constexpr int64_t L = kLanes<T>;
-  const T log2e = static_cast<T>(kLog2E);
-  for (int64_t column = 0; column < columns; column += L) {
-    const Vec<T> before = load(maximum + column);
-    Vec<T> now = before;
-    for (int64_t key = 0; key < keys; ++key) now = max<T>(now, load(scores + key * kQueryBlock + column));
+  for (int64_t column = 0; column < columns; column += kLanes<T>) {
+    const Vec<T> before = load(maximum + column), now = largest(keys, scores + column, before);
     // a window may hide the whole block from a query: its maximum is still -inf, and -inf - -inf is NaN
     const Vec<T> finite = now == -__builtin_inf() ? Vec<T>{} : now;
-    const Vec<T> decay = exp2((before - finite) * log2e);
+    const Vec<T> decay = exp2((before - finite) * static_cast<T>(kLog2E));
     for (int64_t d = 0; d < width; ++d) {
       T* o = out + d * kQueryBlock + column;
       store(o, load(o) * decay);
     }
     store(maximum + column, now);
-    Vec<T> total[4] = {};  // of every fourth key: short sums keep their bits
-    for (int64_t key = 0; key < keys; ++key) {
-      T* s = scores + key * kQueryBlock + column;
-      const Vec<T> prob = exp2((load(s) - finite) * log2e);
-      total[key % 4] += prob;
-      store(s, prob);
-    }
-    store(sum + column, load(sum + column) * decay + ((total[0] + total[1]) + (total[2] + total[3])));
+    store(sum + column, load(sum + column) * decay + exponentials(keys, finite, scores + column));
   }
 }
 

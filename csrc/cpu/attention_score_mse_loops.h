@@ -2,46 +2,52 @@
 // per instruction set.
 namespace bertops::BERTOPS_ISA {
 
-// Row i of student and teacher side by side into `to` (width).
+// Rows [first, last) of student and teacher side by side into `to` (rows, width).
 template <class T>
 inline void load_both(const ScoreMSE& p, const Heads& of_s, const Heads& of_t, const HeadTask& task,
-                      int64_t i, int64_t width, T scale_s, T scale_t, T* to) {
-  const int64_t at_s = row_offset(of_s, *task.sequence, task.head, i);
-  const int64_t at_t = row_offset(of_t, *task.sequence, task.head, i);
+                      int64_t first, int64_t last, int64_t width, T scale_s, T scale_t, T* to) {
   const int64_t dim_s = p.head_dim_s, dim_t = p.head_dim_t;
-  load_as(of_s.dtype, of_s.data, at_s, of_s.dim_stride, dim_s, dim_s, scale_s, to);
-  load_as(of_t.dtype, of_t.data, at_t, of_t.dim_stride, dim_t, width - dim_s, scale_t, to + dim_s);
+  for (int64_t i = first; i < last; ++i, to += width) {
+    const int64_t at_s = row_offset(of_s, *task.sequence, task.head, i);
+    const int64_t at_t = row_offset(of_t, *task.sequence, task.head, i);
+    load_as(of_s.dtype, of_s.data, at_s, of_s.dim_stride, dim_s, dim_s, scale_s, to);
+    load_as(of_t.dtype, of_t.data, at_t, of_t.dim_stride, dim_t, width - dim_s, scale_t, to + dim_s);
+  }
 }
 
-// Row i of P into `to` (width) and, where asked for, of scale_s Q_s into `student` (width_s).
+// (rows, width) of student and teacher become their difference and their mean, or their mean and their difference.
+template <bool kDifferenceFirst, class T>
+inline void differences_and_means(int64_t rows, int64_t dim, int64_t width, T* both) {
+  for (int64_t i = 0; i < rows; ++i, both += width) {
+    T *of_s = both, *of_t = both + dim;
+#pragma GCC ivdep
+    for (int64_t d = 0; d < dim; ++d) {
+      const T difference = of_s[d] - of_t[d], mean = (of_s[d] + of_t[d]) * T(0.5);
+      of_s[d] = kDifferenceFirst ? difference : mean;
+      of_t[d] = kDifferenceFirst ? mean : difference;
+    }
+  }
+}
+
+// Rows [first, last) of P into `to` (rows, width) and, where asked for, of scale_s Q_s into `student` (rows, width_s).
 template <class T>
-inline void load_p_row(const ScoreMSE& p, const HeadTask& task, int64_t i, int64_t width, T* to,
-                       int64_t width_s, T* student) {
+inline void load_p(const ScoreMSE& p, const HeadTask& task, int64_t first, int64_t last, int64_t width, T* to,
+                   int64_t width_s = 0, T* student = nullptr) {
   const T scale_t = static_cast<T>(same_head_dim(p) ? p.scale_t : -p.scale_t);
-  load_both(p, p.q_s, p.q_t, task, i, width, static_cast<T>(p.scale_s), scale_t, to);
-  if (student != nullptr) {
-    for (int64_t d = 0; d < width_s; ++d) student[d] = d < p.head_dim_s ? to[d] : T(0);
+  load_both(p, p.q_s, p.q_t, task, first, last, width, static_cast<T>(p.scale_s), scale_t, to);
+  for (int64_t i = 0; student != nullptr && i < last - first; ++i) {
+    for (int64_t d = 0; d < width_s; ++d)
+      student[i * width_s + d] = d < p.head_dim_s ? to[i * width + d] : T(0);
   }
-  if (!same_head_dim(p)) return;
-  T* other = to + p.head_dim_s;
-  for (int64_t d = 0; d < p.head_dim_s; ++d) {
-    const T of_s = to[d], of_t = other[d];
-    to[d] = of_s - of_t;
-    other[d] = (of_s + of_t) * T(0.5);
-  }
+  if (same_head_dim(p)) differences_and_means<true>(last - first, p.head_dim_s, width, to);
 }
 
-// Row i of R into `to` (width).
+// Rows [first, last) of R into `to` (rows, width).
 template <class T>
-inline void load_r_row(const ScoreMSE& p, const HeadTask& task, int64_t i, int64_t width, T* to) {
-  load_both(p, p.k_s, p.k_t, task, i, width, T(1), T(1), to);
-  if (!same_head_dim(p)) return;
-  T* other = to + p.head_dim_s;
-  for (int64_t d = 0; d < p.head_dim_s; ++d) {
-    const T of_s = to[d], of_t = other[d];
-    to[d] = (of_s + of_t) * T(0.5);
-    other[d] = of_s - of_t;
-  }
+inline void load_r(const ScoreMSE& p, const HeadTask& task, int64_t first, int64_t last, int64_t width,
+                   T* to) {
+  load_both(p, p.k_s, p.k_t, task, first, last, width, T(1), T(1), to);
+  if (same_head_dim(p)) differences_and_means<false>(last - first, p.head_dim_s, width, to);
 }
 
 // Adds the squares of (keys, queries) to the sums of the queries.
@@ -113,16 +119,15 @@ void direct_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
   T* rows_of_block = scratch.take(2 * kQueryBlock);
   T *row_sums = rows_of_block, *row_grads = rows_of_block + kQueryBlock;
 
-  fill_panels(count, width, few_rows, r, [&](int64_t i, T* to) { load_r_row(p, task, i, width, to); });
+  fill_panels(count, width, few_rows, r,
+              [&](int64_t i, int64_t end, T* to) { load_r(p, task, i, end, width, to); });
   if (with_grads) {
     load_rows(p.k_s, sequence, head, 0, count, p.head_dim_s, width_s, T(1), k_rows);
     fill(dk, rows * width_s, T(0));
   }
   for (int64_t first = task.first; first < task.last; first += kQueryBlock) {
     const int64_t queries = min_of(kQueryBlock, task.last - first), columns = round_up(queries, kLanes<T>);
-    for (int64_t i = 0; i < queries; ++i) {
-      load_p_row(p, task, first + i, width, p_rows + i * width, width_s, q_rows + i * width_s);
-    }
+    load_p(p, task, first, first + queries, width, p_rows, width_s, q_rows);
     to_lanes(p_rows, queries, width, lanes);
     fill(rows_of_block, 2 * kQueryBlock, T(0));
     fill(dq, width_s * kQueryBlock, T(0));
@@ -214,10 +219,8 @@ void gram_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
     const int64_t end = min_of(begin + kGramPart, task.last);
     for (int64_t first = begin; first < end; first += kGramBlock) {
       const int64_t rows = min_of(kGramBlock, end - first);
-      for (int64_t i = 0; i < rows; ++i) {
-        load_p_row(p, task, first + i, width, p_rows + i * width, 0, static_cast<T*>(nullptr));
-        load_r_row(p, task, first + i, width, r_rows + i * width);
-      }
+      load_p(p, task, first, first + rows, width, p_rows);
+      load_r(p, task, first, first + rows, width, r_rows);
       add_gram(p_rows, rows, width, part);
       add_gram(r_rows, rows, width, part + width * width);
     }
@@ -261,10 +264,11 @@ void gram_grad_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
   }
   const double factor = 2.0 * *static_cast<const T*>(p.grad);
   // one matrix at a time: both do not fit into the first cache
-  const auto multiply = [&](const T* matrix, T scale, const Heads& to, const auto& load_row) {
+  const auto multiply = [&](const T* matrix, T scale, const Heads& to, const auto& load) {
     for (int64_t first = task.first; first < task.last; first += L) {
       const int64_t count = min_of(L, task.last - first);
-      fill_panels(count, width, rows, panel, [&](int64_t i, T* row) { load_row(first + i, row); });
+      fill_panels(count, width, rows, panel,
+                  [&](int64_t i, int64_t end, T* to) { load(first + i, first + end, to); });
       fill(grads, L * width_s, T(0));
       for (int64_t k = 0; k < dim; k += kGramBlock) {
         for (int64_t i = 0; i < L; i += kTileRows<T>) {
@@ -278,9 +282,9 @@ void gram_grad_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
     }
   };
   multiply(for_q, static_cast<T>(factor * p.scale_s), p.dq,
-           [&](int64_t i, T* row) { load_p_row(p, task, i, width, row, 0, static_cast<T*>(nullptr)); });
+           [&](int64_t i, int64_t end, T* rows) { load_p(p, task, i, end, width, rows); });
   multiply(for_k, static_cast<T>(factor), p.dk,
-           [&](int64_t i, T* row) { load_r_row(p, task, i, width, row); });
+           [&](int64_t i, int64_t end, T* rows) { load_r(p, task, i, end, width, rows); });
 }
 
 }  // namespace bertops::BERTOPS_ISA

@@ -78,9 +78,11 @@ void embed_tokens(const Embedding& p, int64_t first, int64_t last, void* memory)
   T* block = scratch.take(kTileRows<T> * kPanel<T>);
   for (int64_t token = first; token < last; token += kTokenTile) {
     const int64_t count = min_of(kTokenTile, last - token);
-    fill_panels(count, depth, few_rows, tokens, [&](int64_t i, T* to) {
-      embed(p, token + i, rows, to);
-      to[p.width] = 1;
+    fill_panels(count, depth, few_rows, tokens, [&](int64_t begin, int64_t end, T* to) {
+      for (int64_t i = begin; i < end; ++i, to += depth) {
+        embed(p, token + i, rows, to);
+        to[p.width] = 1;
+      }
     });
     const int64_t next = token + count;
     project(p, token, count, tokens, block, words_ahead(p, next, min_of(last, next + kTokenTile)));

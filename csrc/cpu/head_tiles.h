@@ -41,13 +41,13 @@ inline void fill(T* to, int64_t count, T value) {
 }
 
 // `count` rows into panels (count / L, width, L): the rows of a panel side by side, as the broadcast operand of a
-// product over the head dim. load(i, to) writes row i; `rows` is (L, width) scratch.
+// product over the head dim. load_some(first, last, to) writes rows; `rows` is (L, width) scratch.
 template <class T, class Load>
-inline void fill_panels(int64_t count, int64_t width, T* rows, T* panels, const Load& load_row) {
+inline void fill_panels(int64_t count, int64_t width, T* rows, T* panels, const Load& load_some) {
   constexpr int64_t L = kLanes<T>;
   for (int64_t first = 0; first < count; first += L, panels += width * L) {
     const int64_t last = min_of(first + L, count);
-    for (int64_t i = first; i < last; ++i) load_row(i, rows + (i - first) * width);
+    load_some(first, last, rows);
     fill(rows + (last - first) * width, (first + L - last) * width, T(0));
     transpose(rows, width, L, width, panels, L);
   }
@@ -57,8 +57,8 @@ inline void fill_panels(int64_t count, int64_t width, T* rows, T* panels, const 
 template <class T>
 inline void load_panels(const Heads& from, const Sequence& sequence, int64_t head, int64_t head_dim,
                         int64_t width, T* rows, T* panels) {
-  fill_panels(sequence.count, width, rows, panels, [&](int64_t i, T* to) {
-    load_rows(from, sequence, head, i, i + 1, head_dim, width, T(1), to);
+  fill_panels(sequence.count, width, rows, panels, [&](int64_t first, int64_t last, T* to) {
+    load_rows(from, sequence, head, first, last, head_dim, width, T(1), to);
   });
 }
 

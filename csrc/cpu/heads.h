@@ -34,7 +34,7 @@ struct HeadTask {
 };
 
 constexpr int64_t kQueryBlock = 64;
-constexpr int64_t kKeyBlock = 128;
+constexpr int64_t kKeyBlock = 64;
 constexpr int64_t kPadding = 16;  // rows and columns of scratch, a multiple of every vector length
 
 inline int64_t padded(int64_t x) { return (x + kPadding - 1) / kPadding * kPadding; }

@@ -21,6 +21,7 @@ BERTOPS_INLINE void micro_kernel(int64_t K, const T* a, int64_t a_k, const T* b,
 #pragma GCC unroll 4
     for (int n = 0; n < V; ++n) sum[r][n] = Vec<T>{};
   }
+#pragma GCC unroll 4
   for (int64_t k = 0; k < K; ++k) {
     Vec<T> row[V];
 #pragma GCC unroll 4
