@@ -754,6 +754,29 @@ def test_checkpoints(kind, where, compiled):
                 assert taps[1].q is kept.q and taps[1].lse is kept.lse
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@kinds("ours", "albert", "bert")
+@pytest.mark.parametrize("after", [False, True], ids=["backward inside", "backward after"])
+def test_stop_with_checkpoints(kind, after):
+    """Recomputation goes through a recorded layer without being stopped there."""
+    model, inputs, real = small(kind)
+    expected = expected_of(model, inputs, real, [1])
+    if kind == "bert":
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        checkpoint_layers(model, kind, use_reentrant=False)
+    for _ in range(2):
+        with bertops.capture(model, [1], stop=True) as taps:
+            model(**inputs)
+            pytest.fail("the forward came to its end")
+        loss = some_loss(taps, real)
+        if after:
+            assert_step(model, loss, expected)
+        else:
+            with bertops.capture(model, [1], stop=True):
+                assert_step(model, loss, expected)
+
+
 @kinds("ours", "albert")
 def test_checkpoints_of_compiled_layers(kind):
     model, inputs, real = small(kind)

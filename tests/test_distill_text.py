@@ -330,6 +330,22 @@ def first_batch(places, out, options, teacher="bert"):
     return special, [int((row == special.sep_token_id).sum()) for row in sequences], batch
 
 
+def test_minilm_student_learns_from_the_assistant(places, tmp_path, monkeypatch):
+    made = []
+
+    class Seen(minilm.Relations):
+        def __init__(self, student, teacher, options):
+            made.append(self)
+            super().__init__(student, teacher, options)
+
+    monkeypatch.setattr(minilm, "Relations", Seen)
+    assert distill(places, "minilm", tmp_path / "out", "--teacher-layer", "2") == 0
+    of_assistant, of_student = made
+    assert (of_assistant.layer, of_assistant.student.config.num_hidden_layers) == (2, 3)
+    assert of_student.teacher is of_assistant.student
+    assert (of_student.layer, of_student.student.config.num_hidden_layers) == (-1, 2)
+
+
 def test_separators(places, tmp_path):
     """Of a BERT between documents and at the end, of a RoBERTa after every line."""
     within, over = (tinybert.TextOptions(packing=packing) for packing in ("doc", "full"))

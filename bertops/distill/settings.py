@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bertops._backend import CHOICES
 from bertops.pretraining import settings as pretraining
-from bertops.pretraining.settings import setting
+from bertops.pretraining.settings import plan_of, setting
 
 if TYPE_CHECKING:
     from bertops.training import Plan
@@ -59,21 +59,9 @@ class Settings:
 
     def plan(self, steps: int | None = None, learning_rate: float | None = None, **optimizer: Any) -> "Plan":
         """Of a stage; what is left out is the last stage's, ``optimizer`` goes to AdamW."""
-        from bertops.training import AdamW, Plan  # needs accelerate, which the command line may lack
-
         steps = self.steps if steps is None else steps
         rate = self.learning_rate if learning_rate is None else learning_rate
-        return Plan(
-            steps=steps,
-            optimizer=AdamW(learning_rate=rate, weight_decay=self.weight_decay, **optimizer),
-            warmup=int(self.warmup * steps),
-            accumulation=self.accumulation,
-            bf16=self.bf16,
-            log_every=self.log_every,
-            evaluate_every=self.evaluate_every,
-            checkpoint_every=self.checkpoint_every,
-            seed=self.seed,
-        )
+        return plan_of(self, steps, rate, **optimizer)
 
 
 @dataclass(frozen=True, kw_only=True)

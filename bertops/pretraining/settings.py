@@ -11,6 +11,23 @@ def setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def plan_of(settings: Any, steps: int, learning_rate: float, **optimizer: Any) -> "Plan":
+    """Of ``steps`` with AdamW; ``optimizer`` is for it, the rest is in the fields of ``settings``."""
+    from bertops.training import AdamW, Plan  # needs accelerate, which the command line may lack
+
+    return Plan(
+        steps=steps,
+        optimizer=AdamW(learning_rate=learning_rate, weight_decay=settings.weight_decay, **optimizer),
+        warmup=int(settings.warmup * steps),
+        accumulation=settings.accumulation,
+        bf16=settings.bf16,
+        log_every=settings.log_every,
+        evaluate_every=settings.evaluate_every,
+        checkpoint_every=settings.checkpoint_every,
+        seed=settings.seed,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
     """What is masked of a text, and held out of it, in pretraining and in distillation.
@@ -66,22 +83,7 @@ class Settings(TextSettings):
 
     def plan(self) -> "Plan":
         """RoBERTa's optimizer and schedule: Adam with beta2 = 0.98, linear warm-up and decay (appendix B)."""
-        from bertops.training import AdamW, Plan  # needs accelerate, which the command line may lack
-
-        optimizer = AdamW(
-            learning_rate=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.98), eps=1e-6
-        )
-        return Plan(
-            steps=self.steps,
-            optimizer=optimizer,
-            warmup=int(self.warmup * self.steps),
-            accumulation=self.accumulation,
-            bf16=self.bf16,
-            log_every=self.log_every,
-            evaluate_every=self.evaluate_every,
-            checkpoint_every=self.checkpoint_every,
-            seed=self.seed,
-        )
+        return plan_of(self, self.steps, self.learning_rate, betas=(0.9, 0.98), eps=1e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
