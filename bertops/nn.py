@@ -46,7 +46,9 @@ class Attention(nn.Module):
         return_scores: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the output, with ``return_scores`` also the score map (B, H, N, N)."""
-        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        # (B, N, H, D) parts first: their gradients then go into that of the projection's output in one copy
+        parts = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in parts)
         dropout_p = self.dropout_p if self.training else 0.0
         rows: dict[str, Any] = {"cu_seqlens": cu_seqlens, "window": window, "return_scores": return_scores}
         out, scores = attend(self, q, k, v, mask, **rows, dropout_p=dropout_p)

@@ -128,7 +128,8 @@ class BottleneckAttention(nn.Module):
         self, qk_input: Tensor, value_input: Tensor, mask: Tensor | None = None, **rows: Any
     ) -> tuple[Tensor, Tensor | None]:
         """(B, N, qk_size) and (B, N, value_size) to (B, N, width), and the scores or None."""
-        q, k = self.qk(qk_input).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        parts = self.qk(qk_input).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        q, k = (part.transpose(1, 2) for part in parts)
         v = self.value(value_input).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         dropout_p = self.dropout_p if self.training else 0.0
         out, scores = attend(self, q, k, v, mask, **rows, dropout_p=dropout_p)
