@@ -88,12 +88,19 @@ _define(f"attention_score_mse_bwd(Tensor grad_rows, {_PAIR}) -> (Tensor, Tensor)
 _define(f"attention_score_mse_with_grads({_PAIR}) -> (Tensor, Tensor, Tensor)")
 _define(f"attention_score_mse_gram_fwd({_PAIR}) -> (Tensor, Tensor)")
 _define(f"attention_score_mse_gram_bwd(Tensor grad, {_PAIR}, Tensor grams) -> (Tensor, Tensor)")
+_define(f"attention_score_mse_gram_with_grads({_PAIR}) -> (Tensor, Tensor, Tensor)")
 
 _define("_scale_grad(Tensor saved, Tensor factor, ScalarType dtype) -> Tensor")
 
 
 def _rows_of(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[:3], dtype=accumulator_dtype(x.dtype))
+
+
+def _head_sums(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """A number for every sequence and head."""
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty((sequences, x.shape[1]), dtype=accumulator_dtype(x.dtype))
 
 
 def _unscaled_grad(x: torch.Tensor) -> torch.Tensor:
@@ -148,8 +155,7 @@ def _(q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t):
 
 @torch.library.register_fake("bertops::attention_score_mse_gram_fwd")
 def _(q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t):
-    sequences = q_s.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sums = q_s.new_empty((sequences, q_s.shape[1]), dtype=accumulator_dtype(q_s.dtype))
+    sums = _head_sums(q_s, cu_seqlens)
     width = q_s.shape[3] + q_t.shape[3]
     return sums, sums.new_empty((*sums.shape, 2, width, width))
 
@@ -157,6 +163,11 @@ def _(q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t):
 @torch.library.register_fake("bertops::attention_score_mse_gram_bwd")
 def _(grad, q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t, grams):
     return rows_first(q_s), rows_first(k_s)
+
+
+@torch.library.register_fake("bertops::attention_score_mse_gram_with_grads")
+def _(q_s, k_s, q_t, k_t, mask, cu_seqlens, scale_s, scale_t):
+    return _head_sums(q_s, cu_seqlens), _unscaled_grad(q_s), _unscaled_grad(k_s)
 
 
 @torch.library.register_fake("bertops::_scale_grad")

@@ -125,21 +125,28 @@ def test_is_mse_loss_between_two_maps(padding, kernel):
 
 
 def test_auto_takes_the_form_for_the_length():
-    def calls(length, **options):
-        inputs, _ = Case(batch=1, length=length, head_dim=8).inputs("cpu")
+    def calls(length, batch=1, **options):
+        inputs, _ = Case(batch=batch, length=length, head_dim=8).inputs("cpu")
         with torch.profiler.profile() as profile:
             bertops.attention_score_mse(*inputs, **options)
         return {event.key for event in profile.key_averages() if event.key.startswith("bertops::")}
 
     cu_seqlens = torch.arange(0, 401, 10, dtype=torch.int32)
-    assert calls(400) == calls(10, form="gram") == {"bertops::attention_score_mse_gram_fwd"}
+    along = {"bertops::attention_score_mse_gram_with_grads"}
+    assert calls(400) == calls(10, form="gram") == calls(1024) == along
+    assert calls(1025) == {"bertops::attention_score_mse_gram_fwd"}
+    pair = torch.tensor([0, 1000, 2000], dtype=torch.int32)
+    assert calls(2000, cu_seqlens=pair) == along
     direct = {"bertops::attention_score_mse_with_grads"}
     assert calls(10) == calls(400, form="direct") == calls(400, cu_seqlens=cu_seqlens) == direct
     assert calls(400, reduction="none") == {"bertops::attention_score_mse_fwd"}
 
 
-def test_threads_do_not_change_the_gram_form():
-    inputs, options = Case(batch=1, heads=1, length=2500, head_dim=32, options={"form": "gram"}).inputs("cpu")
+@pytest.mark.parametrize("length", [700, 2500])
+def test_threads_do_not_change_the_gram_form(length):
+    inputs, options = Case(batch=1, heads=1, length=length, head_dim=32, options={"form": "gram"}).inputs(
+        "cpu"
+    )
     threads = torch.get_num_threads()
     results = []
     for count in (1, 2):
@@ -147,6 +154,20 @@ def test_threads_do_not_change_the_gram_form():
         results.append(run("attention_score_mse", inputs, options, "cpu"))
     torch.set_num_threads(threads)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("head_dims", [(32, 32), (8, 24)])
+def test_gradients_formed_along_are_those_of_the_backward(head_dims):
+    """One after the other and in one task the sums join in the same order, past the rows of a part too."""
+    torch.manual_seed(0)
+    ops = torch.ops.bertops
+    offsets = torch.tensor([0, 0, 1500, 1530, 3900], dtype=torch.int32)
+    pair = [torch.randn(1, 2, 3900, dim) for dim in (head_dims[0],) * 2 + (head_dims[1],) * 2]
+    arguments = (*pair, None, offsets, 0.25, 0.3)
+    sums, grams = ops.attention_score_mse_gram_fwd(*arguments)
+    expected = sums, *ops.attention_score_mse_gram_bwd(torch.ones(()), *arguments, grams)
+    along = ops.attention_score_mse_gram_with_grads(*arguments)
+    assert all(torch.equal(x, y) for x, y in zip(along, expected, strict=True))
 
 
 def test_opcheck():
@@ -162,6 +183,7 @@ def test_opcheck():
     assert sums.shape == (2, 2) and grams.shape == (2, 2, 2, 32, 32)
     torch.testing.assert_close(sums.sum(), rows.sum())
     torch.library.opcheck(ops.attention_score_mse_gram_bwd.default, (torch.ones(()), *arguments, grams))
+    torch.library.opcheck(ops.attention_score_mse_gram_with_grads.default, arguments)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bertops.models import BertConfig, BertForSequenceClassification, BertModel
+from bertops.models import BertConfig, BertForSequenceClassification, BertModel, encoder
 from bertops.models.rows import count_positions, first_tokens
 from small_models import (
     FAMILIES,
@@ -260,6 +260,32 @@ def test_positions_given_by_the_caller(tmp_path):
         for unpad in (False, True):
             output = ours(input_ids, mask, position_ids=position_ids, unpad=unpad)
             assert_same("hidden", output.last_hidden_state[mask], expected[mask])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_feed_forward_in_parts_without_gradients(family, monkeypatch):
+    model = our_model(family)
+    model.eval()
+    input_ids, mask = batch(family, "right")
+    rows = []
+    first = next(iter(model.layers))
+    first.up.register_forward_hook(
+        lambda module, given, output: rows.append(given[0].numel() // given[0].shape[-1])
+    )
+    for unpad in (False, True):
+        whole = model(input_ids, mask, unpad=unpad).last_hidden_state
+        tokens, rows[:] = rows[0], []
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(encoder, "TOKENS_AT_A_TIME", 7)
+            parts = model(input_ids, mask, unpad=unpad).last_hidden_state
+        once = rows[: -(-tokens // 7)]  # a shared layer runs again
+        assert sum(once) == tokens and set(once[:-1]) == {7}
+        assert_same("hidden", parts[mask], whole[mask])
+        with torch.no_grad():
+            rows[:] = []
+            model(input_ids, mask, unpad=unpad)
+            assert rows[0] == tokens, "few tokens go through it in one go"
+            rows[:] = []
 
 
 @pytest.mark.parametrize(("family", "layers"), [("bert", 1), ("roberta", 1), ("albert", 2)])

@@ -17,6 +17,8 @@ from bertops.ops import _checks
 if TYPE_CHECKING:
     from bertops.models.mobilebert import TrigramEmbeddings
 
+TOKENS_AT_A_TIME = 512  # of a feed-forward without gradients on a CPU
+
 Model = TypeVar("Model", bound="Encoder")
 
 
@@ -70,8 +72,16 @@ class Layer(nn.Module):
         attended = self.attention(hidden, mask, cu_seqlens=cu_seqlens, return_scores=return_scores)
         attended, scores = attended if return_scores else (attended, None)
         hidden = self.attention_norm(hidden + self.attention_dropout(attended))
-        output = self.down(self.activation(self.up(hidden)))
-        return self.output_norm(hidden + self.output_dropout(output)), scores
+        return self.output_norm(hidden + self.output_dropout(self.feed_forward(hidden))), scores
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """Without gradients a CPU takes some tokens at a time: their wide rows then stay in its cache."""
+        width = hidden.shape[-1]
+        eager_cpu = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+        if torch.is_grad_enabled() or not eager_cpu or hidden.numel() <= TOKENS_AT_A_TIME * width:
+            return self.down(self.activation(self.up(hidden)))
+        parts = hidden.reshape(-1, width).split(TOKENS_AT_A_TIME)
+        return torch.cat([self.down(self.activation(self.up(part))) for part in parts]).view_as(hidden)
 
 
 class Pretrained(nn.Module):

@@ -102,11 +102,11 @@ def save_grads(ctx: Any, students: tuple[Tensor, ...], grads: tuple[Tensor, ...]
     ctx.save_for_backward(*students, *grads)
 
 
-def scaled_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """``grad`` times the gradients of the sum, in the students' dtype; students come third in the inputs."""
+def scaled_grads(ctx: Any, grad: Tensor, first: int = 2) -> tuple[Tensor | None, ...]:
+    """``grad`` times the gradients of the sum, in the students' dtype; ``first``: of them in the inputs."""
     saved = ctx.saved_tensors
     students, grads = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-    needed = ctx.needs_input_grad[2 : 2 + len(grads)]
+    needed = ctx.needs_input_grad[first : first + len(grads)]
     return tuple(
         _scale_grad(x, grad, student.dtype) if wanted else None
         for x, student, wanted in zip(grads, students, needed, strict=True)

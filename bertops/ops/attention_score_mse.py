@@ -11,12 +11,14 @@ from bertops.ops._autograd import once_differentiable
 
 FORMS = ("auto", "gram", "direct")
 GRAM_FROM = {"cpu": 2.5, "cuda": 1.7}  # N over the mean head dim from which the Gram form is faster
+GRADS_ALONG_UP_TO = 1024  # tokens of a sequence: rows of a head that its gradient finds in the second cache
 
 _fwd = torch.ops.bertops.attention_score_mse_fwd.default
 _bwd = torch.ops.bertops.attention_score_mse_bwd.default
 _with_grads = torch.ops.bertops.attention_score_mse_with_grads.default
 _gram_fwd = torch.ops.bertops.attention_score_mse_gram_fwd.default
 _gram_bwd = torch.ops.bertops.attention_score_mse_gram_bwd.default
+_gram_with_grads = torch.ops.bertops.attention_score_mse_gram_with_grads.default
 
 
 def attention_score_mse(
@@ -103,9 +105,12 @@ def attention_score_mse(
 
 
 def _gram_is_cheaper(q_s: Tensor, q_t: Tensor, cu_seqlens: Tensor | None) -> bool:
-    sequences = 1 if cu_seqlens is None else max(1, cu_seqlens.shape[0] - 1)
     mean_head_dim = (q_s.shape[3] + q_t.shape[3]) / 2
-    return q_s.shape[2] / sequences > GRAM_FROM[q_s.device.type] * mean_head_dim
+    return _mean_length(q_s, cu_seqlens) > GRAM_FROM[q_s.device.type] * mean_head_dim
+
+
+def _mean_length(q_s: Tensor, cu_seqlens: Tensor | None) -> float:
+    return q_s.shape[2] if cu_seqlens is None else q_s.shape[2] / max(1, cu_seqlens.shape[0] - 1)
 
 
 class _ScoreMSE(torch.autograd.Function):
@@ -143,15 +148,24 @@ class _ScoreMSE(torch.autograd.Function):
 
 
 class _ScoreMSEGram(torch.autograd.Function):
-    """The sum over all pairs, from Gram matrices."""
+    """The sum over all pairs, from Gram matrices.
+
+    The CPU kernel forms the gradient of short sequences along with it; that of longer ones would take more
+    memory than the Gram matrices.
+    """
 
     @staticmethod
     def forward(ctx: Any, backend: str, *arguments: Any) -> Tensor:
         ctx.set_materialize_grads(False)
         *tensors, ctx.scale_s, ctx.scale_t = arguments
         ctx.backend = backend
-        sums, grams = _kernel(backend, "attention_score_mse_gram_fwd")(*arguments)
-        ctx.save_for_backward(*tensors, grams)
+        ctx.grads_ready = backend == "cpu" and _mean_length(tensors[0], tensors[5]) <= GRADS_ALONG_UP_TO
+        if ctx.grads_ready:
+            sums, dq_s, dk_s = _gram_with_grads(*arguments)
+            _pairs.save_grads(ctx, tuple(tensors[:2]), (dq_s, dk_s))
+        else:
+            sums, grams = _kernel(backend, "attention_score_mse_gram_fwd")(*arguments)
+            ctx.save_for_backward(*tensors, grams)
         return sums.sum()
 
     @staticmethod
@@ -159,6 +173,8 @@ class _ScoreMSEGram(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
         if grad is None:
             return (None,) * 9
+        if ctx.grads_ready:
+            return None, *_pairs.scaled_grads(ctx, grad, first=1), *(None,) * 6
         *tensors, grams = ctx.saved_tensors
         kernel = _kernel(ctx.backend, "attention_score_mse_gram_bwd")
         return None, *kernel(grad, *tensors, ctx.scale_s, ctx.scale_t, grams), *(None,) * 6

@@ -114,6 +114,29 @@ std::tuple<Tensor, Tensor> attention_score_mse_gram_bwd(const Tensor& grad, cons
   return {dq_s, dk_s};
 }
 
+std::tuple<Tensor, Tensor, Tensor> attention_score_mse_gram_with_grads(const Tensor& q_s, const Tensor& k_s,
+                                                                       const Tensor& q_t, const Tensor& k_t,
+                                                                       std::optional<Tensor> mask,
+                                                                       std::optional<Tensor> cu_seqlens,
+                                                                       double scale_s, double scale_t) {
+  ScoreMSE p = pair_of<ScoreMSE>(q_s, k_s, q_t, k_t, scale_s, scale_t);
+  const Rows rows(q_s, mask, cu_seqlens);
+  const DType dtype = p.q_s.dtype;
+  const ScalarType accumulator = accumulator_dtype(q_s.scalar_type());
+  const int64_t sequences = rows.sequences.size();
+  Tensor totals = torch::stable::new_empty(q_s, {sequences, p.heads}, accumulator);
+  Tensor dq_s = rows_first(q_s, accumulator), dk_s = rows_first(k_s, accumulator);
+  p.sums = totals.data_ptr();
+  p.dq = heads_of(dq_s);
+  p.dk = heads_of(dk_s);
+  const std::vector<HeadTask> tasks = equal_tasks_of(rows, p.heads, std::max<int64_t>(1, rows.longest));
+  run_tasks(tasks.size(), gram_with_grads_scratch(p) * accumulator_bytes(dtype),
+            [&](int64_t task, void* scratch) {
+              BERTOPS_DISPATCH(dtype, gram_with_grads_task, p, tasks[task], scratch)
+            });
+  return {totals, dq_s, dk_s};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bertops, CPU, m) {
@@ -122,6 +145,7 @@ STABLE_TORCH_LIBRARY_IMPL(bertops, CPU, m) {
   m.impl("attention_score_mse_with_grads", TORCH_BOX(&attention_score_mse_with_grads));
   m.impl("attention_score_mse_gram_fwd", TORCH_BOX(&attention_score_mse_gram_fwd));
   m.impl("attention_score_mse_gram_bwd", TORCH_BOX(&attention_score_mse_gram_bwd));
+  m.impl("attention_score_mse_gram_with_grads", TORCH_BOX(&attention_score_mse_gram_with_grads));
 }
 
 }  // namespace bertops

@@ -21,7 +21,7 @@ struct ScoreMSE {
   // Gram form
   void* sums;        // (sequences, H) contiguous
   void* grams;       // (sequences, H, 2, D_s + D_t, D_s + D_t) contiguous: P^T P and R^T R
-  const void* grad;  // one number
+  const void* grad;  // one number; of gram_grad_task
   Heads dq, dk;      // null data: no gradient
 };
 
@@ -47,6 +47,10 @@ inline int64_t gram_scratch(const ScoreMSE& p) {
 inline int64_t gram_grad_scratch(const ScoreMSE& p) {
   const int64_t width = padded(pair_dim(p)), width_s = padded(p.head_dim_s);
   return 2 * width * width_s + 2 * kPadding * width + kPadding * width_s;
+}
+inline int64_t gram_with_grads_scratch(const ScoreMSE& p) {
+  const int64_t width = padded(pair_dim(p));
+  return 4 * width * width + gram_scratch(p) + gram_grad_scratch(p);
 }
 
 }  // namespace bertops

@@ -182,13 +182,21 @@ inline void mirror(int64_t width, T* gram) {
   }
 }
 
-// The loss of a head and its Grams from P^T P and R^T R, which follow each other, on and above their diagonals.
+// Where the loss of a head, and its Grams in p.grams, have their place.
+inline int64_t place_of(const ScoreMSE& p, const HeadTask& task) {
+  return task.sequence->identity * p.heads + task.head;
+}
 template <class T>
-inline void store_grams(const ScoreMSE& p, const HeadTask& task, T* grams) {
+inline T* grams_of(const ScoreMSE& p, const HeadTask& task) {
+  return static_cast<T*>(p.grams) + place_of(p, task) * 2 * pair_dim(p) * pair_dim(p);
+}
+
+// The loss of a head and its Grams `to` (2, dim, dim) from P^T P and R^T R, which follow each other, on and above
+// their diagonals.
+template <class T>
+inline void store_grams(const ScoreMSE& p, const HeadTask& task, T* grams, T* to) {
   constexpr int64_t kSums = kLanes<T>;
   const int64_t dim = pair_dim(p), width = round_up(dim, kLanes<T>);
-  const int64_t place = task.sequence->identity * p.heads + task.head;
-  T* to = static_cast<T*>(p.grams) + place * 2 * dim * dim;
   mirror(width, grams);
   mirror(width, grams + width * width);
   double sums[kSums] = {};
@@ -202,16 +210,15 @@ inline void store_grams(const ScoreMSE& p, const HeadTask& task, T* grams) {
   }
   double total = 0;
   for (int64_t n = 0; n < kSums; ++n) total += sums[n];
-  static_cast<T*>(p.sums)[place] = static_cast<T>(total);
+  static_cast<T*>(p.sums)[place_of(p, task)] = static_cast<T>(total);
 }
 
+// P^T P and R^T R of the task's rows, on and above their diagonals.
 template <class T>
-void gram_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
+inline void sum_grams(const ScoreMSE& p, const HeadTask& task, Scratch<T> scratch, T* grams) {
   const int64_t width = round_up(pair_dim(p), kLanes<T>);
-  Scratch<T> scratch{static_cast<T*>(memory)};
   T* p_rows = scratch.take(kGramBlock * width);
   T* r_rows = scratch.take(kGramBlock * width);
-  T* grams = task.sums != nullptr ? static_cast<T*>(task.sums) : scratch.take(2 * width * width);
   T* part = task.last - task.first > kGramPart ? scratch.take(2 * width * width) : grams;
   fill(grams, 2 * width * width, T(0));
   for (int64_t begin = task.first; begin < task.last; begin += kGramPart) {
@@ -226,43 +233,47 @@ void gram_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
     }
     for (int64_t i = 0; part != grams && i < 2 * width * width; ++i) grams[i] += part[i];
   }
-  if (task.sums == nullptr) store_grams(p, task, grams);
+}
+
+template <class T>
+void gram_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
+  const int64_t width = round_up(pair_dim(p), kLanes<T>);
+  Scratch<T> scratch{static_cast<T*>(memory)};
+  T* grams = task.sums != nullptr ? static_cast<T*>(task.sums) : scratch.take(2 * width * width);
+  sum_grams(p, task, scratch, grams);
+  if (task.sums == nullptr) store_grams(p, task, grams, grams_of<T>(p, task));
 }
 
 template <class T>
 void gram_reduce(const ScoreMSE& p, const HeadTask* tasks, int64_t count) {
   const int64_t width = round_up(pair_dim(p), kLanes<T>);
-  store_grams(p, *tasks, add_parts<T>(tasks, count, 2 * width * width));
+  store_grams(p, *tasks, add_parts<T>(tasks, count, 2 * width * width), grams_of<T>(p, *tasks));
 }
 
-// dQ_s = 2 g scale_s P (R^T K_s) and dK_s = 2 g R (P^T scale_s Q_s): the student's columns of the Grams, or the mean's
-// and half of the difference's.
+// dQ_s = 2 g scale_s P (R^T K_s) and dK_s = 2 g R (P^T scale_s Q_s) with g = `grad`: the student's columns of `grams`
+// (2, dim, dim), or the mean's and half of the difference's.
 template <class T>
-void gram_grad_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
+inline void gram_grads(const ScoreMSE& p, const HeadTask& task, const T* grams, double grad,
+                       Scratch<T> scratch) {
   constexpr int64_t L = kLanes<T>;
   const Sequence& sequence = *task.sequence;
   const int64_t dim = pair_dim(p), dim_s = p.head_dim_s;
   const int64_t width = round_up(dim, L), width_s = round_up(dim_s, L);
   if (task.first == 0 && !sequence.dense) clear_unreal_grads<T>(p, task);
 
-  Scratch<T> scratch{static_cast<T*>(memory)};
   T* for_q = scratch.take(width * width_s);  // (width, width_s)
   T* for_k = scratch.take(width * width_s);
   T* rows = scratch.take(kPadding * width);
   T* panel = scratch.take(kPadding * width);  // (width, L)
   T* grads = scratch.take(kPadding * width_s);
   fill(for_q, 2 * width * width_s, T(0));
-  const T* gram_p =
-      static_cast<const T*>(p.grams) + (sequence.identity * p.heads + task.head) * 2 * dim * dim;
-  const T* gram_r = gram_p + dim * dim;
   for (int64_t i = 0; i < dim; ++i) {
-    const T *of_p = gram_p + i * dim, *of_r = gram_r + i * dim;
+    const T *of_p = grams + i * dim, *of_r = of_p + dim * dim;
     for (int64_t d = 0; d < dim_s; ++d) {
       for_q[i * width_s + d] = same_head_dim(p) ? of_r[d] + T(0.5) * of_r[dim_s + d] : of_r[d];
       for_k[i * width_s + d] = same_head_dim(p) ? T(0.5) * of_p[d] + of_p[dim_s + d] : of_p[d];
     }
   }
-  const double factor = 2.0 * *static_cast<const T*>(p.grad);
   // one matrix at a time: both do not fit into the first cache
   const auto multiply = [&](const T* matrix, T scale, const Heads& to, const auto& load) {
     for (int64_t first = task.first; first < task.last; first += L) {
@@ -281,10 +292,36 @@ void gram_grad_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
       }
     }
   };
-  multiply(for_q, static_cast<T>(factor * p.scale_s), p.dq,
+  multiply(for_q, static_cast<T>(2 * grad * p.scale_s), p.dq,
            [&](int64_t i, int64_t end, T* rows) { load_p(p, task, i, end, width, rows); });
-  multiply(for_k, static_cast<T>(factor), p.dk,
+  multiply(for_k, static_cast<T>(2 * grad), p.dk,
            [&](int64_t i, int64_t end, T* rows) { load_r(p, task, i, end, width, rows); });
+}
+
+template <class T>
+void gram_grad_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
+  gram_grads(p, task, grams_of<T>(p, task), *static_cast<const T*>(p.grad),
+             Scratch<T>{static_cast<T*>(memory)});
+}
+
+// A whole head: its loss and the gradients of that. The Grams never leave the cache, and the rows are in it when the
+// gradients read them again. Sums join in the order of gram_task and gram_reduce.
+template <class T>
+void gram_with_grads_task(const ScoreMSE& p, const HeadTask& task, void* memory) {
+  const int64_t dim = pair_dim(p), width = round_up(dim, kLanes<T>), elements = 2 * width * width;
+  Scratch<T> scratch{static_cast<T*>(memory)};
+  T* grams = scratch.take(elements);
+  T* piece_grams = scratch.take(elements);
+  T* dense = scratch.take(2 * dim * dim);
+  fill(grams, elements, T(0));
+  HeadTask piece = task;
+  for (; piece.first < task.last; piece.first = piece.last) {
+    piece.last = min_of(piece.first + kRowsPerGramTask, task.last);
+    sum_grams(p, piece, scratch, piece_grams);
+    for (int64_t i = 0; i < elements; ++i) grams[i] += piece_grams[i];
+  }
+  store_grams(p, task, grams, dense);
+  gram_grads(p, task, dense, 1.0, scratch);
 }
 
 }  // namespace bertops::BERTOPS_ISA
