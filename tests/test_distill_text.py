@@ -17,7 +17,7 @@ from bertops import models
 from bertops.distill.losses import combine
 from bertops.distill.recipes import distilbert, minilm, mobilebert, tinybert
 from bertops.distill.text import TextWork
-from bertops.models import BertForMaskedLM, BertModel, MobileBertForMaskedLM
+from bertops.models import BertForMaskedLM, BertModel, MobileBertForMaskedLM, MobileBertForPreTraining
 from bertops.models.checkpoint import read_tensors
 from bertops.pretraining.batches import Batches
 from errors import assert_close_to_oracle
@@ -54,7 +54,8 @@ STAGES = {"minilm": {"assistant"}, "mobilebert": {"layer-1", "layer-2"}}
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """text, and teachers: bert, roberta and ib (an IB-BERT) with a head for words, bare without one."""
+    """text, and teachers: bert, roberta and ib (an IB-BERT) with a head for words, bare without one; of two
+    heads one is for the next sentence."""
     folder = tmp_path_factory.mktemp("text")
     torch.manual_seed(0)
     return {
@@ -62,6 +63,7 @@ def places(tmp_path_factory):
         "bert": write_model(folder / "bert", BertForMaskedLM(replace(CONFIG, **NO_DROPOUT))),
         "roberta": write_model(folder / "roberta", BertForMaskedLM(ROBERTA)),
         "ib": write_model(folder / "ib", MobileBertForMaskedLM(replace(IB_BERT, pooler=False))),
+        "ib, two heads": write_model(folder / "two-heads", MobileBertForPreTraining(IB_BERT)),
         "bare": write_model(folder / "bare", BertModel(CONFIG)),
     }
 
@@ -193,6 +195,25 @@ def test_mobilebert_is_the_mean_of_both_losses_of_all_logits():
     assert {name: term.weight for name, term in terms.items()} == {"mlm": 0.3, "kd": 0.7, "mlm_accuracy": 0.0}
 
 
+def test_mobilebert_learns_the_next_sentence_of_pairs():
+    torch.manual_seed(0)
+    narrow = mobilebert.TextOptions(bottleneck=12, feed_forward=16, stacked=2)
+    teacher = far_from_zero(MobileBertForPreTraining(replace(IB_BERT, **NO_DROPOUT)))
+    student = far_from_zero(mobilebert.narrow_student(teacher, narrow, MobileBertForPreTraining))
+    objective = mobilebert.PretrainingDistillation(student, teacher, 0.3)
+    random = torch.tensor([1, 0, 0, 1])
+    given = {**packed(), "next_sentence_label": random}
+    logits = student(given["input_ids"], cu_seqlens=given["cu_seqlens"]).next_sentence_logits
+    terms = objective.train().terms(given)
+    right = terms.pop("nsp_accuracy")
+    assert terms.keys() == {"mlm", "kd", "nsp"} and terms["nsp"].weight == 1.0
+    torch.testing.assert_close(terms["nsp"].mean(), F.cross_entropy(logits, random))
+    assert (right.mean(), right.weight) == ((logits.argmax(1) == random).float().mean(), 0.0)
+    assert objective.counts(given)["nsp"] == objective.counts(given)["nsp_accuracy"] == 4
+    combine(terms).backward()
+    assert student.next_sentence.weight.grad.any() and teacher.next_sentence.weight.grad is None
+
+
 @pytest.mark.parametrize("name", ["tinybert", "minilm-1", "minilm-2", "mobilebert-1"])
 def test_packed_text_gives_the_terms_of_padded_text(name):
     objective = objectives()[name].eval()
@@ -260,6 +281,28 @@ def test_masked_language_model_for_transformers(places, tmp_path, teacher, optio
     assert type(theirs).__name__ == architecture and len(ours.encoder.layers) == 2
     ids = tokenizer("a good [MASK] was dull", return_tensors="pt").input_ids
     torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_mobilebert_with_both_heads_for_transformers(places, tmp_path):
+    teacher = ["--teacher", places["ib, two heads"]]
+    assert distill(places, "mobilebert", tmp_path / "out", *teacher) == 0
+    evaluation = [line["evaluation"] for line in metrics(tmp_path / "out") if "evaluation" in line][-1]
+    assert {"mlm", "kd", "nsp", "nsp_accuracy"} <= evaluation.keys()
+    theirs = transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "out/model").eval()
+    ours = MobileBertForPreTraining.from_pretrained(tmp_path / "out/model")
+    ids = torch.tensor([[2, 7, 8, 3, 9, 3]])
+    types = torch.tensor([[0, 0, 0, 0, 1, 1]])
+    expected = theirs(ids, token_type_ids=types).seq_relationship_logits
+    found = ours(ids, token_type_ids=types).next_sentence_logits
+    torch.testing.assert_close(expected, found, rtol=1e-4, atol=1e-5)
+
+    still = ["--learning-rate", "0", "--layer-rate", "0"]
+    assert distill(places, "mobilebert", tmp_path / "still", *teacher, *still) == 0
+    start, end, teachers = (
+        read_tensors(folder)["cls.seq_relationship.weight"]
+        for folder in (tmp_path / "still/model", tmp_path / "out/model", places["ib, two heads"])
+    )
+    assert torch.equal(start, teachers) and not torch.equal(end, teachers)
 
 
 def test_distilbert_starts_from_layers_and_head_of_its_teacher(places, tmp_path):

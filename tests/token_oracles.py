@@ -8,7 +8,7 @@ import numpy as np
 
 from bertops.data import SpecialTokens, TokenCorpus
 
-MASKING, SENTENCE_ORDER, PERMUTATION = 1, 2, 3
+MASKING, SENTENCE_ORDER, PERMUTATION, NEXT_SENTENCE = 1, 2, 3, 4
 WORD = 2**32
 SPECIAL = SpecialTokens(cls_token_id=2, sep_token_id=3, pad_token_id=0, mask_token_id=4, unk_token_id=1)
 
@@ -213,16 +213,44 @@ def sentence_pairs(documents, length, *, seed, epoch, short_prob=0.1, random_seg
                     a, b = b, a
                 pairs.append((*truncate(a, b, most, draws), label))
             elif random_segments:
-                a, b = list(line), []
-                others = [other for n, other in enumerate(documents) if n != number]
-                other = others[draws.below(len(others))]
-                for further in other[draws.below(len(other)) :]:
-                    b += further
-                    if len(b) >= target - len(a):
-                        break
+                a = list(line)
+                b = random_segment(documents, number, target - len(a), draws)
                 pairs.append((*truncate(a, b, most, draws), 1))
             chunk = []
     return pairs
+
+
+def next_sentence_pairs(documents, length, *, seed, epoch, short_prob=0.1):
+    """The same for the next sentence, after the loop of BERT's code, which goes back by what was not used."""
+    most, pairs = length - 3, []
+    for number, document in enumerate(documents):
+        draws = Draws(seed, NEXT_SENTENCE, epoch, number)
+        i, chunk = 0, []
+        while i < len(document):
+            if not chunk:
+                target = 2 + draws.below(most - 1) if draws.chance(short_prob) else most
+            chunk.append(document[i])
+            if i == len(document) - 1 or sum(map(len, chunk)) >= target:
+                cut = 1 if len(chunk) == 1 else 1 + draws.below(len(chunk) - 1)
+                a, b, label = list(chain(*chunk[:cut])), list(chain(*chunk[cut:])), 0
+                if len(chunk) == 1 or draws.chance(0.5):
+                    b, label = random_segment(documents, number, target - len(a), draws), 1
+                    i -= len(chunk) - cut
+                pairs.append((*truncate(a, b, most, draws), label))
+                chunk = []
+            i += 1
+    return pairs
+
+
+def random_segment(documents, number, wanted, draws):
+    """Lines of another document, from one drawn on."""
+    others = [other for n, other in enumerate(documents) if n != number]
+    other, segment = others[draws.below(len(others))], []
+    for line in other[draws.below(len(other)) :]:
+        segment += line
+        if len(segment) >= wanted:
+            break
+    return segment
 
 
 def truncate(a, b, most, draws):

@@ -5,7 +5,7 @@ from bertops.data.corpus import TokenCorpus, encode_corpus, load_corpus
 from bertops.data.examples import Sequences
 from bertops.data.masking import DynamicMasker, Masked
 from bertops.data.packing import PackedBatch, Unpadded, pack, unpad
-from bertops.data.sentence_order import SentenceOrderPairs, SentencePairs
+from bertops.data.segment_pairs import NextSentencePairs, SentenceOrderPairs, SentencePairs
 from bertops.data.stream import PretrainingStream
 from bertops.data.task import Task, TaskTexts, read_task
 from bertops.data.text import (
@@ -21,6 +21,7 @@ __all__ = [
     "DynamicMasker",
     "LabelledTexts",
     "Masked",
+    "NextSentencePairs",
     "PackedBatch",
     "PretrainingStream",
     "SentenceBlocks",

@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 from bertops.data._host import MAX_TOKENS, integers
 from bertops.data.corpus import TokenCorpus
 
+PAIR_LABELS = ("sentence_order_label", "next_sentence_label")
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -18,6 +20,13 @@ class Sequences:
     cu_seqlens: NDArray[np.int32]  # (B + 1,), offsets of the sequences as if they lay end to end
     token_type_ids: NDArray[np.int64] | None = None  # of the shape of input_ids
     sentence_order_label: NDArray[np.int64] | None = None  # (B,), 1 = swapped
+    next_sentence_label: NDArray[np.int64] | None = None  # (B,), 1 = a random second segment
+
+    @property
+    def pair_labels(self) -> dict[str, NDArray[np.int64]]:
+        """Those of pairs, by name; empty where sequences are none."""
+        labels = {name: getattr(self, name) for name in PAIR_LABELS}
+        return {name: label for name, label in labels.items() if label is not None}
 
     @property
     def lengths(self) -> NDArray[np.int32]:
@@ -39,7 +48,7 @@ class Sequences:
 
 
 class Examples(Protocol):
-    """A source of sequences: ``SentenceBlocks`` or ``SentenceOrderPairs``."""
+    """A source of sequences: ``SentenceBlocks``, ``SentenceOrderPairs`` or ``NextSentencePairs``."""
 
     corpus: TokenCorpus
     length: int  # most tokens of a sequence

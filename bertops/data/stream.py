@@ -38,10 +38,11 @@ class PretrainingStream:
 
     - padded: both (B, length); ``mask`` (B, length) bool, true for a real token;
     - ``packed``: both (T,); ``cu_seqlens`` (B + 1,) int32; ``position_ids`` (T,) int64, from 0 in each;
-    - of ``SentenceOrderPairs``: ``token_type_ids`` of their shape, ``sentence_order_label`` (B,), int64.
+    - of pairs: ``token_type_ids`` of their shape, ``sentence_order_label`` or ``next_sentence_label`` (B,),
+      int64.
 
     Args:
-        examples: ``SentenceBlocks`` or ``SentenceOrderPairs``.
+        examples: ``SentenceBlocks``, ``SentenceOrderPairs`` or ``NextSentencePairs``.
         masker: chooses the tokens to predict.
         batch_size: sequences of this rank's batch.
         seed: of the order, 64 bits; the masks and the pairs have seeds of their own.
@@ -132,9 +133,7 @@ class PretrainingStream:
         batch = {"input_ids": masked.input_ids, "labels": masked.labels, **batch}
         if rows.token_type_ids is not None:
             batch["token_type_ids"] = rows.token_type_ids
-        if rows.sentence_order_label is not None:
-            batch["sentence_order_label"] = rows.sentence_order_label
-        return batch
+        return batch | rows.pair_labels
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The numbers of an epoch's sequences in order, for all ranks; the last one asked for is kept."""

@@ -21,6 +21,7 @@ from bertops.models import (
     BiLSTMClassifier,
     FastBert,
     MobileBertForMaskedLM,
+    MobileBertForPreTraining,
     MobileBertForSequenceClassification,
     MobileBertModel,
     bilstm,
@@ -113,6 +114,21 @@ def load_masked_lm(folder: Path) -> Any:
         if head not in checkpoint:
             raise ValueError(f"{folder} has no masked language model's head: it lacks {head}")
     return class_of(config, MASKED_LMS).from_pretrained(folder)
+
+
+def load_pretrained(folder: Path) -> Any:
+    """The same, with a head for the next sentence too where the folder holds a MobileBERT's.
+
+    Raises:
+        ValueError: there is no masked language model's head.
+    """
+    model = load_masked_lm(folder)
+    if isinstance(model, MobileBertForMaskedLM):
+        with Checkpoint(folder, EncoderConfig) as checkpoint:
+            (head,) = source_names("next_sentence.weight", checkpoint.config)
+            if head in checkpoint:
+                return MobileBertForPreTraining.from_pretrained(folder)
+    return model
 
 
 def new_masked_lm(config: EncoderConfig) -> Any:

@@ -8,7 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from bertops.data import DynamicMasker, PretrainingStream, SentenceBlocks, TokenCorpus, special_tokens
+from bertops.data import (
+    DynamicMasker,
+    NextSentencePairs,
+    PretrainingStream,
+    SentenceBlocks,
+    TokenCorpus,
+    special_tokens,
+)
+from bertops.data.examples import Examples
 from bertops.distill import classifiers, students
 from bertops.distill.data import Batch, inputs
 from bertops.distill.losses.distilbert import Decoder
@@ -27,7 +35,8 @@ class TextWork(Stages):
 
     A share of the documents is held out and measures the student. Sequences are whole lines between the
     tokenizer's special tokens, as :class:`bertops.data.SentenceBlocks` makes them, with a separator after
-    every line for a RoBERTa and at the end alone otherwise. Text, tokens and split are kept in ``out/data``.
+    every line for a RoBERTa and at the end alone otherwise; or pairs. Text, tokens and split are kept in
+    ``out/data``.
 
     Args:
         text: a file, or a folder of ``*.txt``: one sentence a line, an empty line between documents.
@@ -39,6 +48,7 @@ class TextWork(Stages):
     """
 
     settings: TextSettings
+    next_sentence = False  # whether sequences are pairs, see bertops.data.NextSentencePairs
 
     def __init__(
         self,
@@ -58,6 +68,10 @@ class TextWork(Stages):
     def masked_lm(self) -> MaskedLM:
         """The teacher, with its head."""
         return classifiers.load_masked_lm(self.folder)
+
+    def pretrained(self) -> MaskedLM:
+        """The same, with a MobileBERT's head for the next sentence where it has one."""
+        return classifiers.load_pretrained(self.folder)
 
     def encoder(self) -> Any:
         """The teacher, without a head."""
@@ -103,7 +117,10 @@ class TextWork(Stages):
             self.corpus.vocab_size, special.mask_token_id, special, settings.mask_prob, settings.seed
         )
 
-    def examples(self, part: TokenCorpus) -> SentenceBlocks:
+    def examples(self, part: TokenCorpus) -> Examples:
+        if self.next_sentence:
+            special, settings = self.corpus.special, self.settings
+            return NextSentencePairs(part, settings.max_length, special, seed=settings.seed)
         return SentenceBlocks(
             part,
             self.settings.max_length,

@@ -264,9 +264,9 @@ class _OverTheFirstToken(WithHead):
         if self.dense is not None:
             initialize(self.dense, config)
 
-    def pool(self, encoded: EncoderOutput, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    def pool(self, hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """(number of sequences, hidden_size): the first token, through linear and tanh with a pooler."""
-        first = first_tokens(encoded.last_hidden_state, mask, cu_seqlens)
+        first = first_tokens(hidden, mask, cu_seqlens)
         return first if self.dense is None else self.dense(first).tanh()
 
 
@@ -286,7 +286,7 @@ class MobileBertForSequenceClassification(_OverTheFirstToken):
         initialize(self.classifier, config)
 
     def predict(self, encoded: EncoderOutput, mask: Tensor | None, cu_seqlens: Tensor | None) -> HeadOutput:
-        pooled = self.pool(encoded, mask, cu_seqlens)
+        pooled = self.pool(encoded.last_hidden_state, mask, cu_seqlens)
         logits = self.classifier(self.dropout(pooled))
         return HeadOutput(**{**vars(encoded), "pooler_output": pooled}, logits=logits)
 
@@ -305,7 +305,7 @@ class MobileBertForNextSentencePrediction(_OverTheFirstToken):
         initialize(self.next_sentence, config)
 
     def predict(self, encoded: EncoderOutput, mask: Tensor | None, cu_seqlens: Tensor | None) -> HeadOutput:
-        pooled = self.pool(encoded, mask, cu_seqlens)
+        pooled = self.pool(encoded.last_hidden_state, mask, cu_seqlens)
         return HeadOutput(**{**vars(encoded), "pooler_output": pooled}, logits=self.next_sentence(pooled))
 
 
@@ -332,6 +332,10 @@ class MobileBertForPreTraining(MobileBertForMaskedLM, _OverTheFirstToken):
     def predict(
         self, encoded: EncoderOutput, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> MobileBertPreTrainingOutput:
-        pooled = self.pool(encoded, mask, cu_seqlens)
+        pooled = self.pool(encoded.last_hidden_state, mask, cu_seqlens)
         output = {**vars(super().predict(encoded, mask, cu_seqlens)), "pooler_output": pooled}
         return MobileBertPreTrainingOutput(**output, next_sentence_logits=self.next_sentence(pooled))
+
+    def answer(self, hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """(number of sequences, 2): the logits of the next sentence from the last hidden states."""
+        return self.next_sentence(self.pool(hidden, mask, cu_seqlens))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bertops.data import DynamicMasker, PretrainingStream
-from bertops.data.examples import Examples
+from bertops.data.examples import PAIR_LABELS, Examples
 
 
 class Batches:
@@ -39,6 +39,4 @@ def held_out_batches(examples: Examples, masker: DynamicMasker, batch_size: int)
 def tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """What a model takes: rows of packed tokens become (1, T)."""
     found = {name: torch.from_numpy(array) for name, array in batch.items()}
-    return {
-        name: x if name in ("cu_seqlens", "sentence_order_label") else x[None] for name, x in found.items()
-    }
+    return {name: x if name in ("cu_seqlens", *PAIR_LABELS) else x[None] for name, x in found.items()}

@@ -15,6 +15,6 @@ using Input = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
 void define_masking(py::module_& module);
 void define_token_packing(py::module_& module);
-void define_sentence_order(py::module_& module);
+void define_segment_pairs(py::module_& module);
 
 }  // namespace bertops

@@ -9,7 +9,7 @@
 namespace bertops {
 
 // What the words are for; examples of the same index draw differently for each.
-enum class Purpose : uint32_t { kMasking = 1, kSentenceOrder = 2, kPermutation = 3 };
+enum class Purpose : uint32_t { kMasking = 1, kSentenceOrder = 2, kPermutation = 3, kNextSentence = 4 };
 
 inline constexpr int64_t kIndexLimit = int64_t{1} << 56;  // index takes 56 bits of the counter, the purpose 8
 

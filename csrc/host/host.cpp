@@ -45,5 +45,5 @@ PYBIND11_MODULE(_host, module) {
   module.def("unpad", &bertops::unpad, pybind11::arg("mask"));
   bertops::define_masking(module);
   bertops::define_token_packing(module);
-  bertops::define_sentence_order(module);
+  bertops::define_segment_pairs(module);
 }

@@ -20,7 +20,7 @@ from bertops.distill.objective import LABELS, SAMPLES, TOKENS, Distillation, ans
 from bertops.distill.settings import Settings, TaskSettings, TextSettings
 from bertops.distill.text import TextWork, masked_words
 from bertops.distill.work import Work
-from bertops.models import MobileBertConfig, MobileBertForMaskedLM, MobileBertForSequenceClassification
+from bertops.models import MobileBertConfig, MobileBertForPreTraining, MobileBertForSequenceClassification
 from bertops.ops.kl_div_logits import kl_div_logits
 from bertops.pretraining.settings import setting
 from bertops.training import Outcome
@@ -92,22 +92,30 @@ class TaskDistillation(Distillation):
 
 
 class PretrainingDistillation(Distillation):
-    """Masked words and the teacher's distribution over them, equation 5 without the next sentence."""
+    """Masked words, the teacher's distribution over them and, of pairs, the next sentence: equation 5."""
 
-    over: ClassVar = dict.fromkeys(("mlm", "kd", "mlm_accuracy"), LABELS)
+    over: ClassVar = {
+        **dict.fromkeys(("mlm", "kd", "mlm_accuracy"), LABELS),
+        **dict.fromkeys(("nsp", "nsp_accuracy"), SAMPLES),
+    }
 
     def __init__(self, student: Any, teacher: Any, alpha: float) -> None:
         super().__init__(student.requires_grad_(True), teacher)
         self.loss = MobileBertPretrainingLoss(alpha)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        words_s, labels, _ = masked_words(self.student, batch)
+        words_s, labels, hidden = masked_words(self.student, batch)
         with torch.no_grad():
             words_t = masked_words(self.teacher, batch)[0]
-        terms = self.loss(words_s, words_t, labels)
+        measured = {}
         if not self.training:  # the logits once more
-            terms["mlm_accuracy"] = correct(F.linear(*words_s), labels)
-        return terms
+            measured["mlm_accuracy"] = correct(F.linear(*words_s), labels)
+        if "next_sentence_label" not in batch:
+            return self.loss(words_s, words_t, labels) | measured
+        random = batch["next_sentence_label"]
+        logits = self.student.answer(hidden, batch.get("mask"), batch.get("cu_seqlens"))
+        measured["nsp_accuracy"] = correct(logits, random)
+        return self.loss(words_s, words_t, labels, logits, random) | measured
 
 
 def narrow_student(
@@ -164,13 +172,15 @@ def distill(work: Work, options: Options) -> Outcome:
 def distill_text(work: TextWork, options: TextOptions) -> Outcome:
     """The same stages on plain text, then pretraining distillation, which teaches words in place of a task.
 
-    The teacher is an IB-BERT with a masked language model's head, from which the student's starts. Pairs for
-    the next sentence, the last term of equation 5, are not made here.
+    The teacher is an IB-BERT with a masked language model's head, from which the student's starts. Where it
+    has one for the next sentence too, sequences are pairs and the student learns to answer that as well, the
+    last term of equation 5; with another teacher they are ``packing``'s.
 
     Source: Sun et al. 2020 (MobileBERT), sections 3.4 and 3.5.
     """
-    teacher = work.masked_lm()
-    student = narrow_student(teacher, options, MobileBertForMaskedLM)
+    teacher = work.pretrained()
+    work.next_sentence = isinstance(teacher, MobileBertForPreTraining)
+    student = narrow_student(teacher, options, type(teacher))
     work.open(work.plan())
     transfer_layers(work, student, teacher, options)
     return work.last_stage(PretrainingDistillation(student, teacher, options.alpha))

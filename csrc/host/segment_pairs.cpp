@@ -1,4 +1,5 @@
-// Pairs of consecutive segments of a document, in order or swapped, as BERT's and ALBERT's data code makes them.
+// Pairs of segments as the data code of BERT and ALBERT makes them: consecutive ones of a document, whose second one
+// may be random (next sentence), or which may be swapped (sentence order).
 #include <algorithm>
 #include <vector>
 
@@ -13,28 +14,30 @@ struct Span {
   int64_t size() const { return end - begin; }
 };
 
+constexpr uint64_t kHalf = uint64_t{1} << 31;  // a rate
+
 class PairMaker {
  public:
   PairMaker(const int64_t* line, const int64_t* document, int64_t documents, int64_t most,
-            uint64_t short_rate, bool random_segments, uint64_t seed, uint32_t epoch)
+            uint64_t short_rate, bool next_sentence, bool random_segments, uint64_t seed, uint32_t epoch)
       : line_(line),
         document_(document),
         documents_(documents),
         most_(most),
         short_rate_(short_rate),
+        next_sentence_(next_sentence),
         random_segments_(random_segments),
         seed_(seed),
         epoch_(epoch) {}
 
   void add_document(int64_t d) {
-    Draws draws(seed_, Purpose::kSentenceOrder, epoch_, d);
+    Draws draws(seed_, next_sentence_ ? Purpose::kNextSentence : Purpose::kSentenceOrder, epoch_, d);
     const int64_t last = document_[d + 1], least = random_segments_ ? 1 : 2;
     for (int64_t first = document_[d]; first < last;) {
       int64_t target = most_, end = first + 1;
       if (draws.chance(short_rate_)) target = 2 + static_cast<int64_t>(draws.below(most_ - 1));
       while (end < last && (line_[end] - line_[first] < target || end - first < least)) ++end;
-      if (end - first >= least) add_pair(d, first, end, target, draws);
-      first = end;
+      first = end - first >= least ? add_pair(d, first, end, target, draws) : end;
     }
   }
 
@@ -42,31 +45,32 @@ class PairMaker {
   std::vector<int64_t> labels;
 
  private:
-  // Of lines [first, end): cut between two of them, the halves swapped with probability 1/2. One line alone is
-  // followed by lines of another document.
-  void add_pair(int64_t d, int64_t first, int64_t end, int64_t target, Draws& draws) {
-    Span a, b;
-    int64_t label = 1;
-    if (end - first == 1) {
-      a = {line_[first], line_[end]};
+  // Of lines [first, end), cut between two of them; with probability 1/2 the halves are swapped, or lines of another
+  // document take the place of the second. One line alone is followed by such lines. Returns the line after those
+  // that were taken.
+  int64_t add_pair(int64_t d, int64_t first, int64_t end, int64_t target, Draws& draws) {
+    const bool alone = end - first == 1;
+    int64_t cut = end;
+    if (!alone) cut = first + 1 + static_cast<int64_t>(draws.below(end - first - 1));
+    const bool changed = alone || draws.chance(kHalf);
+    Span a{line_[first], line_[cut]}, b{line_[cut], line_[end]};
+    if (alone || (changed && next_sentence_)) {
       b = from_other_document(d, target - a.size(), draws);
-    } else {
-      const int64_t cut = first + 1 + static_cast<int64_t>(draws.below(end - first - 1));
-      a = {line_[first], line_[cut]};
-      b = {line_[cut], line_[end]};
-      label = draws.chance(uint64_t{1} << 31) ? 1 : 0;
-      if (label) std::swap(a, b);
+      end = cut;
+    } else if (changed) {
+      std::swap(a, b);
     }
     while (a.size() + b.size() > most_) {
       Span& longer = a.size() > b.size() ? a : b;
-      if (draws.chance(uint64_t{1} << 31)) {
+      if (draws.chance(kHalf)) {
         ++longer.begin;
       } else {
         --longer.end;
       }
     }
     spans.insert(spans.end(), {a.begin, a.end, b.begin, b.end});
-    labels.push_back(label);
+    labels.push_back(changed ? 1 : 0);
+    return end;
   }
 
   Span from_other_document(int64_t d, int64_t wanted, Draws& draws) const {
@@ -82,18 +86,18 @@ class PairMaker {
   const int64_t *line_, *document_;
   int64_t documents_, most_;
   uint64_t short_rate_;
-  bool random_segments_;
+  bool next_sentence_, random_segments_;
   uint64_t seed_;
   uint32_t epoch_;
 };
 
 // (spans (P, 4), labels (P,))
-py::tuple sentence_order_pairs(const Input<int64_t>& line_offsets, const Input<int64_t>& document_offsets,
-                               int64_t most, uint64_t short_rate, bool random_segments, uint64_t seed,
-                               uint32_t epoch) {
+py::tuple segment_pairs(const Input<int64_t>& line_offsets, const Input<int64_t>& document_offsets,
+                        int64_t most, uint64_t short_rate, bool next_sentence, bool random_segments,
+                        uint64_t seed, uint32_t epoch) {
   const int64_t documents = document_offsets.size() - 1;
-  PairMaker maker(line_offsets.data(), document_offsets.data(), documents, most, short_rate, random_segments,
-                  seed, epoch);
+  PairMaker maker(line_offsets.data(), document_offsets.data(), documents, most, short_rate, next_sentence,
+                  random_segments, seed, epoch);
   {
     py::gil_scoped_release release;
     for (int64_t d = 0; d < documents; ++d) maker.add_document(d);
@@ -146,9 +150,9 @@ py::tuple gather_pairs(const Input<int32_t>& tokens, const Input<int64_t>& spans
 
 }  // namespace
 
-void define_sentence_order(py::module_& module) {
-  module.def("sentence_order_pairs", &sentence_order_pairs, py::arg("line_offsets"),
-             py::arg("document_offsets"), py::arg("most"), py::arg("short_rate"), py::arg("random_segments"),
+void define_segment_pairs(py::module_& module) {
+  module.def("segment_pairs", &segment_pairs, py::arg("line_offsets"), py::arg("document_offsets"),
+             py::arg("most"), py::arg("short_rate"), py::arg("next_sentence"), py::arg("random_segments"),
              py::arg("seed"), py::arg("epoch"));
   module.def("gather_pairs", &gather_pairs, py::arg("tokens"), py::arg("spans"), py::arg("cls"),
              py::arg("sep"), py::arg("pad"), py::arg("padded_length"));

@@ -1,12 +1,19 @@
-"""Pairs of consecutive segments: in order or swapped."""
+"""Pairs of segments: consecutive ones in order or swapped, or with a random second one."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from bertops.data import SentenceOrderPairs
-from token_oracles import SPECIAL, corpus_of, documents_of, drawn_corpus, sentence_pairs
+from bertops.data import NextSentencePairs, SentenceOrderPairs
+from token_oracles import (
+    SPECIAL,
+    corpus_of,
+    documents_of,
+    drawn_corpus,
+    next_sentence_pairs,
+    sentence_pairs,
+)
 
 CLS, SEP, PAD = SPECIAL.cls_token_id, SPECIAL.sep_token_id, SPECIAL.pad_token_id
 
@@ -23,14 +30,22 @@ def segments(examples, epoch=0):
     return [(range(*row[:2]), range(*row[2:]), label) for row, label in zip(spans, labels, strict=True)]
 
 
-@pytest.mark.parametrize("random_segments", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "oracle", "more"),
+    [
+        (SentenceOrderPairs, sentence_pairs, {"random_segments": False}),
+        (SentenceOrderPairs, sentence_pairs, {"random_segments": True}),
+        (NextSentencePairs, next_sentence_pairs, {}),
+    ],
+    ids=["order", "order, random segments", "next"],
+)
 @pytest.mark.parametrize("length", [5, 8, 20, 64])
-def test_equals_plain_python(length, random_segments):
+def test_equals_plain_python(length, kind, oracle, more):
     for seed, epoch, short_prob in ((0, 0, 0.1), (2**64 - 1, 3, 0.7), (5, 2**32 - 1, 0.0)):
         corpus = drawn_corpus(seed % 97, documents=30)
-        options = {"seed": seed, "short_prob": short_prob, "random_segments": random_segments}
-        examples = SentenceOrderPairs(corpus, length, SPECIAL, **options)
-        expected = sentence_pairs(documents_of(corpus), length, epoch=epoch, **options)
+        options = {"seed": seed, "short_prob": short_prob, **more}
+        examples = kind(corpus, length, SPECIAL, **options)
+        expected = oracle(documents_of(corpus), length, epoch=epoch, **options)
         found = [
             (corpus.tokens[a].tolist(), corpus.tokens[b].tolist(), label)
             for a, b, label in segments(examples, epoch)
@@ -146,6 +161,33 @@ def test_random_segments_come_from_another_document():
     assert len({b.start for _, b, _ in pairs}) > 20
 
 
+def test_next_sentence_follows_or_is_of_another_document():
+    corpus = numbered_corpus(300, 9, 10)
+    pairs = segments(NextSentencePairs(corpus, 43, SPECIAL))
+    for a, b, label in pairs:
+        assert len(a) > 0 and len(b) > 0 and len(a) + len(b) <= 40
+        same = a.start // 90 == b.start // 90
+        assert not same if label else (same and b.start >= a.stop)
+    drawn = [label for a, _, label in pairs if not (label and a.stop % 90 == 0)]  # not a last line, alone
+    assert len(drawn) < len(pairs)
+    assert abs(np.mean(drawn) - 0.5) < 4 * np.sqrt(0.25 / len(drawn))
+
+
+def test_next_sentence_leaves_no_line_out():
+    """What a random segment displaced begins the next pair."""
+    corpus = drawn_corpus(2, documents=300)
+    pairs = segments(NextSentencePairs(corpus, 1000, SPECIAL, short_prob=0))  # nothing is cut off
+    covered = sorted(token for a, b, label in pairs for token in (*a, *(() if label else b)))
+    assert covered == list(range(corpus.num_tokens))
+
+
+def test_next_sentence_gathers_its_label():
+    examples = NextSentencePairs(numbered_corpus(20, 5, 4), 24, SPECIAL)
+    rows = examples.gather([0, 1, 2])
+    assert rows.pair_labels.keys() == {"next_sentence_label"}
+    assert rows.next_sentence_label.tolist() == examples.pairs().labels[:3].tolist()
+
+
 def test_epochs_and_seeds_differ():
     corpus = drawn_corpus(0, documents=40)
     examples = SentenceOrderPairs(corpus, 24, SPECIAL)
@@ -169,6 +211,11 @@ def test_epochs_and_seeds_differ():
 def test_refuses(corpus, length, options, message):
     with pytest.raises(ValueError, match=message):
         SentenceOrderPairs(corpus_of(corpus), length, SPECIAL, **options)
+
+
+def test_next_sentence_refuses_one_document():
+    with pytest.raises(ValueError, match="corpus must have two documents or more"):
+        NextSentencePairs(corpus_of([[[5], [6]]]), 16, SPECIAL)
 
 
 def test_refuses_places():
