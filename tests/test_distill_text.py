@@ -305,6 +305,13 @@ def test_mobilebert_with_both_heads_for_transformers(places, tmp_path):
     assert torch.equal(start, teachers) and not torch.equal(end, teachers)
 
 
+def test_mobilebert_packs_no_pairs(places, tmp_path, capsys):
+    options = ["--teacher", places["ib, two heads"], "--packing", "doc"]
+    assert distill(places, "mobilebert", tmp_path / "out", *options) == 2
+    assert "packing cannot be chosen" in (error := capsys.readouterr().err) and "'doc'" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_distilbert_starts_from_layers_and_head_of_its_teacher(places, tmp_path):
     nothing = ["--learning-rate", "0", "--start", "1,4", "--token-types"]
     assert distill(places, "distilbert", tmp_path, *nothing) == 0

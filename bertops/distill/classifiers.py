@@ -20,6 +20,7 @@ from bertops.models import (
     BertModel,
     BiLSTMClassifier,
     FastBert,
+    MobileBertConfig,
     MobileBertForMaskedLM,
     MobileBertForPreTraining,
     MobileBertForSequenceClassification,
@@ -122,13 +123,13 @@ def load_pretrained(folder: Path) -> Any:
     Raises:
         ValueError: there is no masked language model's head.
     """
-    model = load_masked_lm(folder)
-    if isinstance(model, MobileBertForMaskedLM):
+    config = encoder_config(folder)
+    if isinstance(config, MobileBertConfig):
+        (head,) = source_names("next_sentence.weight", config)
         with Checkpoint(folder, EncoderConfig) as checkpoint:
-            (head,) = source_names("next_sentence.weight", checkpoint.config)
             if head in checkpoint:
                 return MobileBertForPreTraining.from_pretrained(folder)
-    return model
+    return load_masked_lm(folder)
 
 
 def new_masked_lm(config: EncoderConfig) -> Any:

@@ -90,7 +90,8 @@ BERTOPS_INLINE Exp2<double> exp2_and_less_one(Vec<double> x) {
 }
 
 #if BERTOPS_ISA_LEVEL == 2
-// x = n + r with 0 <= r < 1; 2^r by its own series has relative error 2e-9.
+// The same value: x = n + r with 0 <= r < 1, the series of 2^r has relative error 2e-9, and scaling by 2^n is one
+// instruction, as is x less the integer below it.
 BERTOPS_INLINE Vec<float> exp2(Vec<float> x) {
   constexpr int kFloor = 0x09;
   const Vec<float> r = _mm512_reduce_ps(x, kFloor);

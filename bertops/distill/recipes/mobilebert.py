@@ -180,6 +180,11 @@ def distill_text(work: TextWork, options: TextOptions) -> Outcome:
     """
     teacher = work.pretrained()
     work.next_sentence = isinstance(teacher, MobileBertForPreTraining)
+    if work.next_sentence and options.packing != TextOptions.packing:
+        raise ValueError(
+            "packing cannot be chosen where the teacher has a head for the next sentence and sequences are "
+            f"pairs, got {options.packing!r}"
+        )
     student = narrow_student(teacher, options, type(teacher))
     work.open(work.plan())
     transfer_layers(work, student, teacher, options)
